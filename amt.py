@@ -4,38 +4,40 @@
     Modeling. AAAI 2023, https://arxiv.org/abs/2211.15362
 
 Masked image modeling hides patches of an image and trains a vision transformer to predict them.
-Hiding patches at random ignores what the image shows. AMT looks first: now and then in training,
+Hiding patches at random ignores what the image shows. AMT looks first: every tenth of the epochs,
 it runs the encoder on every training image, whole, and keeps the attention that [CLS] pays to each
-patch. From then on, attended patches are the likeliest to be masked, that is hidden and predicted;
-those next in rank are thrown away, never to enter the model; and the rest is what the model sees.
+patch. That attention weighs the drawing of a ranking of the patches, anew at each step, so that
+attended patches tend to the top. The top is masked, that is hidden and predicted; the next part is
+thrown away, never to enter the model; the rest is visible.
 
-One idea organises the file: every masking strategy is a ranking M of the N patches of an image. The
-top of the ranking is masked, the next part thrown, the bottom visible. Models take the two sets of
-indices `visible` and `masked`, and know nothing of how they were chosen.
+One idea organises the file: every masking strategy is a ranking M of the N patches of an image, and
+masking and throwing is a split of M. A model takes two sets of indices, `visible` and `masked`, and
+knows nothing of how they were chosen.
 
     paper                                              section of this file
     patches and their positions                        1. Patches
     ViT, self-attention (Eq. 1)                        2. Vision transformer
     attention of [CLS] (Eq. 3)                         2. Vision transformer: ViT.cls_attention
-    masking weights a_w (Eq. 4)                        3. Masking weights
+    masking weights a_w of a whole image (Eq. 4)       3. Masking weights
     weights P_A of a cropped, flipped image            4. Crops of images and of their weights
     sampling the ranking M (Eq. 5)                     5. Ranking
     masking and throwing (Eq. 6, Algorithm 1)          6. Masking and throwing
     loss on the masked patches (Eq. 2)                 7. Masked autoencoder
 
 Letters in shapes: B images, C channels, H x W pixels, p patch size in pixels, h x w = H/p x W/p the
-grid of patches, N = h w patches, K patches of a set of them, T = 1 + K tokens with [CLS] first,
-D width, d width of a head.
+grid of patches, N = h w patches, K patches of a set of them, T tokens, D width of the module at
+hand, d width of a head.
 
-A whole step of AMT, from images (B, 3, H, H) and their stored maps (B, h, h):
+A step of AMT, on the images `ids` of a data set (n, 3, H, H) and of its maps (n, h, w):
 
-    theta = random_crops(B)                                                  # drawn anew each step
-    ranking = sample_patches(crop_weights(maps, theta, H, p))                # drawn anew each step
+    theta = random_crops(B)
+    ranking = sample_patches(crop_weights(maps[ids], theta, H, p))
     masked, thrown, visible = mask_and_throw(ranking, mask_ratio=0.45, throw_ratio=0.40)
-    loss, _ = mae(crop(images, theta, H, "bicubic"), visible, masked)        # mae = MAE(vit_base())
+    loss, _ = mae(crop(images[ids], theta, H, "bicubic"), visible, masked)
 
-where, every tenth of the training, `maps = masking_weights(mae.encoder, images)`, for whole images.
-Until the first time, and for the baseline, masking is random: `sample_patches(torch.ones(B, N))`.
+with `mae = MAE(vit_base())` and, every tenth of the epochs, `maps = masking_weights(mae.encoder,
+images)` of all images. Until the first time, and for the baseline, masking is random: `ranking =
+sample_patches(torch.ones(B, N))`, of which 0.75 is masked and nothing thrown.
 """
 import math
 from collections import OrderedDict
@@ -87,8 +89,8 @@ def sincos_pos_embed(embed_dim: int, grid_size: int) -> Tensor:
     Raises ValueError if 4 does not divide D.
     """
     if embed_dim % 4:
-        raise ValueError(f"embed_dim {embed_dim} is not a multiple of 4, as sines and cosines of "
-                         f"rows and columns need: choose one that is")
+        raise ValueError(f"width {embed_dim} is not a multiple of 4, as sines and cosines of rows "
+                         f"and columns need: choose one that is")
     omega = 10000.0 ** -(torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4))
     angle = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
     line = torch.cat([angle.sin(), angle.cos()], dim=1)                      # (h, D/2)
@@ -105,8 +107,8 @@ def sincos_pos_embed(embed_dim: int, grid_size: int) -> Tensor:
 class PatchEmbed(nn.Module):
     """Projects patches (B, K, p*p*3) to tokens (B, K, D).
 
-    The weight is that of a strided convolution, as everyone stores it, but it is applied to patches
-    already cut out: a patch that is not kept is not embedded either.
+    The weight has the shape of a strided convolution's, as in timm, but it is applied to patches
+    already cut out, so that a patch that is not kept is not embedded either.
     """
 
     def __init__(self, patch_size: int, embed_dim: int):
@@ -146,8 +148,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. In training, a branch is left out of an image with probability
-    `drop_path` (stochastic depth: Huang et al., 2016)."""
+    """Pre-norm transformer block: tokens (B, T, D) to tokens (B, T, D). In training, each branch is
+    skipped for an image with probability `drop_path` (stochastic depth: Huang et al., 2016)."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0):
         super().__init__()
@@ -183,7 +185,7 @@ class ViT(nn.Module):
 
     `state_dict()` loads into timm's VisionTransformer(num_classes=0) of the same size and gives the
     same tokens. Positions are fixed: `pos_embed` is a parameter that takes no gradient.
-    `drop_path` rises linearly over the blocks, from 0 to the given probability.
+    `drop_path` is the last block's; the others' rise to it linearly from 0.
     Raises ValueError if p does not divide the image size, or num_heads or 4 the width.
     """
 
@@ -225,7 +227,7 @@ class ViT(nn.Module):
         """Normalised tokens (B, 1+K, D) of images (B, 3, H, H), [CLS] first.
 
         `keep` (B, K), int64, are the indices of the patches to process, in any order; None: all N.
-        The others cost nothing: they are neither embedded nor attended to.
+        The others are neither embedded nor attended to.
         Raises ValueError if the images are not of the size that the ViT was made for.
         """
         x = self.embed(images, keep)
@@ -260,24 +262,30 @@ vit_huge = partial(ViT, patch_size=14, embed_dim=1280, depth=32, num_heads=16)
 
 @torch.no_grad()
 def masking_weights(vit: nn.Module, images: Tensor) -> Tensor:
-    """The masking weights a_w (B, h, w), float32 in [0, 1], of whole images (B, 3, H, H): Eq. 4.
+    """The masking weights a_w (B, h, w) of whole images (B, 3, H, H), float32, in [0, 1] (Eq. 4).
 
     `vit` is any module with `cls_attention(images) -> (B, heads, N)` on a square grid of patches.
     It runs in eval mode, without gradients, and every submodule is left in the mode it was in.
-    The attention is averaged over the heads, then stretched to [0, 1] image by image. Where all
+    The attention is averaged over the heads, then stretched to [0, 1], image by image. Where all
     patches are attended to alike, all weights are 0, which `sample_patches` ranks uniformly.
+    Raises ValueError if the grid is not square.
     """
     training = [m for m in vit.modules() if m.training]
     vit.eval()
     try:
-        # Eq. 4 averages the heads, then comes the stretch; the authors' code stretches each head.
-        a = vit.cls_attention(images).float().mean(dim=1)                    # Eq. 4: (B, N)
+        a = vit.cls_attention(images).float()                                # (B, heads, N)
     finally:
         for m in training:
             m.training = True
-    low, high = a.aminmax(dim=1, keepdim=True)
-    a_w = (a - low) / (high - low).clamp_min(torch.finfo(a.dtype).tiny)      # min-max: in [0, 1]
-    return a_w.unflatten(1, (math.isqrt(a.shape[1]), -1))                    # (B, h, w)
+    h = math.isqrt(a.shape[2])
+    if h * h != a.shape[2]:
+        raise ValueError(f"cls_attention {tuple(a.shape)} is not of a square grid of patches: "
+                         f"leave out [CLS] and other extra tokens")
+    # The mean comes before the stretch, as in the paper; the authors' code stretches each head.
+    a_w = a.mean(dim=1)                                                      # Eq. 4: (B, N)
+    low, high = a_w.aminmax(dim=1, keepdim=True)
+    a_w = (a_w - low) / (high - low).clamp_min(torch.finfo(a_w.dtype).tiny)  # min-max: 0 to 1
+    return a_w.unflatten(1, (h, h))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -290,17 +298,17 @@ def random_crops(n: int, scale: tuple[float, float] = (0.2, 1.0),
     """Random resized crops and horizontal flips of n square images, as affine maps theta (n, 2, 3).
 
     RandomResizedCrop and RandomHorizontalFlip for a whole batch at once: a crop's share of the area
-    is uniform in `scale`, the logarithm of its width / height uniform between those of `ratio`, its
-    place uniform, its flip a coin's. A side that would be longer than the image's is cut to it
+    is uniform in `scale`, the logarithm of its width / height uniform between those of `ratio`, and
+    its place uniform; half are flipped. A side that would exceed the image's is shortened to it
     (torchvision draws again instead). theta is what `torch.nn.functional.affine_grid` takes: it
     maps coordinates of the crop, -1 to 1 from edge to edge, to those of the image. It lies on the
-    generator's device.
+    generator's device, on the CPU if none is given.
     """
     device = generator.device if generator else None
     area, aspect, x, y, flip = torch.rand(5, n, generator=generator, device=device)
     area = scale[0] + (scale[1] - scale[0]) * area
     aspect = ratio[0] * (ratio[1] / ratio[0]) ** aspect
-    width = (area * aspect).sqrt().clamp(max=1)# 1: the whole side
+    width = (area * aspect).sqrt().clamp(max=1)# 1: the image's
     height = (area / aspect).sqrt().clamp(max=1)
     theta = torch.zeros(n, 2, 3, device=device)
     theta[:, 0, 0] = torch.where(flip < 0.5, -width, width)
@@ -313,7 +321,7 @@ def random_crops(n: int, scale: tuple[float, float] = (0.2, 1.0),
 def crop(x: Tensor, theta: Tensor, size: int, mode: str) -> Tensor:
     """Cuts the areas theta (B, 2, 3) out of x (B, C, H, W), resized to (B, C, size, size).
 
-    For images and attention maps alike: theta is in shares of the image, not in pixels.
+    For images and attention maps alike, since theta does not count in pixels.
     `mode` is "bicubic" (which may overshoot the range of x a little), "bilinear" or "nearest".
     """
     grid = F.affine_grid(theta, (len(x), x.shape[1], size, size), align_corners=False)
@@ -323,12 +331,13 @@ def crop(x: Tensor, theta: Tensor, size: int, mode: str) -> Tensor:
 def crop_weights(weights: Tensor, theta: Tensor, img_size: int, patch_size: int) -> Tensor:
     """The weights P_A (B, N) of the patches of cropped, flipped images.
 
-    The maps `weights` (B, h, w) of the whole images are interpolated to the image's size, cut with
-    the theta (B, 2, 3) that cut the images, and summed per patch. Giving `crop` and `crop_weights`
-    one theta is what keeps each weight on the patch that shows what the weight was measured on.
+    The maps `weights` (B, h, w) of the whole images are interpolated to img_size pixels a side, cut
+    with the theta (B, 2, 3) that cut the images, and summed per patch. Giving `crop` and
+    `crop_weights` one theta is what keeps each weight on the patch that shows what the weight was
+    measured on.
     """
-    # As the paper has it. The authors' code divides the crop's pixels by the image's size where it
-    # means the patch's: whatever the crop, it takes the map's top-left 2x2 or 3x3 cells.
+    # As in the paper. The authors' code finds the crop's cells of the map by dividing pixels by the
+    # image's size, not the patch's: so always the top-left 2x2 or 3x3, whatever the crop.
     x = F.interpolate(weights[:, None], size=img_size, mode="bilinear", align_corners=False)
     return patchify(crop(x, theta, img_size, "bilinear"), patch_size).sum(dim=2)
 
@@ -347,9 +356,11 @@ def sample_patches(weights: Tensor, generator: torch.Generator | None = None) ->
     """
     # A race of exponential clocks: patch i rings at time E_i / w_i. Of those yet to ring, each is
     # the next with probability proportional to its weight. In logarithms, no weight is too small:
-    # that of the least positive float32 is -103, so zeros, put at -200, ring after all others.
-    E = torch.empty_like(weights, dtype=torch.float32).exponential_(generator=generator)
-    log_w = torch.where(weights > 0, weights.float().log(), -200.0)
+    # log w is at least -103 in float32 and log E is between -17 and 5, so zeros, put at -200, ring
+    # after all others.
+    w = weights.float()
+    E = torch.empty_like(w).exponential_(generator=generator)
+    log_w = torch.where(w > 0, w.log(), -200.0)
     return (log_w - E.log()).argsort(dim=1, descending=True)                 # Eq. 5
 
 
@@ -363,7 +374,8 @@ def mask_and_throw(ranking: Tensor, mask_ratio: float, throw_ratio: float = 0.0,
 
     round(N * mask_ratio) patches from the top of the ranking are masked, to be predicted.
     round(N * throw_ratio) are thrown: those next in rank (throw="middle", the paper's) or those at
-    the bottom (throw="lowest"). The rest is visible.
+    the bottom (throw="lowest"). The rest is visible. The paper's ratios with MAE: 0.75 and 0 at
+    random and for AM (attention-driven masking alone), 0.45 and 0.40 for AMT.
     Raises ValueError if a ratio is outside [0, 1), or nothing would be masked, or nothing visible.
     """
     N = ranking.shape[1]
@@ -375,12 +387,12 @@ def mask_and_throw(ranking: Tensor, mask_ratio: float, throw_ratio: float = 0.0,
     if n_masked < 1 or n_visible < 1:
         raise ValueError(f"{given} make {n_masked} masked, {n_thrown} thrown, {n_visible} visible: "
                          f"at least one must be masked and one visible")
-    if throw == "middle":
+    if throw == "middle":                                                    # Eq. 6
         return ranking.split([n_masked, n_thrown, n_visible], dim=1)
     if throw == "lowest":
         masked, visible, thrown = ranking.split([n_masked, n_visible, n_thrown], dim=1)
         return masked, thrown, visible
-    raise ValueError(f'throw "{throw}" is no part of the ranking: choose "middle" or "lowest"')
+    raise ValueError(f'throw "{throw}" is unknown: choose "middle" or "lowest"')
 
 
 # ------------------------------------------------------------------------------------------------
@@ -391,7 +403,7 @@ class MAE(nn.Module):
     """Masked autoencoder (He et al., 2022): a deep encoder of the visible patches, a light decoder
     of these and the masked ones.
 
-    With `norm_pix_loss` the target is each masked patch less its mean, over its standard deviation.
+    With `norm_pix_loss` the pixels of each target are normalised to mean 0 and variance 1.
     Raises ValueError if decoder_num_heads or 4 does not divide decoder_embed_dim.
     """
 

@@ -304,8 +304,8 @@ def check_finite(args, losses: Tensor, epoch: int):
     if len(bad):
         step = bad[0].item()
         fail(f"the loss is {losses[step].item()} in epoch {epoch + 1}, step {step + 1}: start "
-             f"again in another --out-dir with a lower --blr ({args.blr:g} now) or --precision fp32. "
-             f"The last checkpoint in {args.out_dir} is unharmed")
+             f"again in another --out-dir with a lower --blr (now {args.blr:g}) or in fp32. The "
+             f"last checkpoint in {args.out_dir} is unharmed")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,1089 @@
+"""Tests of amt.py and train_cifar.py:  python -m pytest -q"""
+
+import itertools
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the bit-for-bit comparisons are for the CPU
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import amt
+import train_cifar
+
+HERE = Path(__file__).parent
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_images(n, size=16, seed=0):
+    return torch.randn(n, 3, size, size, generator=rng(seed))
+
+
+def tiny_vit(**kwargs):
+    """A ViT none of whose parameters are at a value, 0 or 1, that would hide a mistake."""
+    torch.manual_seed(0)
+    vit = amt.ViT(
+        **{"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2, **kwargs}
+    )
+    return unsettle(vit)
+
+
+def unsettle(module):
+    for p in module.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn(p.shape, generator=rng(p.numel()))
+    return module
+
+
+def tiny_mae(**kwargs):
+    mae = amt.MAE(tiny_vit(), decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, **kwargs)
+    return unsettle(mae)
+
+
+def split(n, n_masked=5, n_thrown=0, N=16):
+    ranking = torch.rand(n, N, generator=rng(1)).argsort(dim=1)
+    return ranking.split([n_masked, n_thrown, N - n_masked - n_thrown], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. Patches
+
+
+def test_patchify_orders_patches_by_row_and_pixels_by_row_column_channel():
+    images = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
+    patches = amt.patchify(images, 2)
+    assert patches.shape == (2, 6, 12)
+    for b, row, column in itertools.product(range(2), range(2), range(3)):
+        expected = [
+            images[b, c, 2 * row + i, 2 * column + j].item()
+            for i in range(2)
+            for j in range(2)
+            for c in range(3)
+        ]
+        assert patches[b, 3 * row + column].tolist() == expected
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_unpatchify_inverts_patchify(channels):
+    images = torch.randn(2, channels, 12, 12, generator=rng())
+    assert torch.equal(amt.unpatchify(amt.patchify(images, 4), 4), images)
+
+
+def test_pos_embed_is_maes_table():
+    D, h = 16, 3
+    table = amt.sincos_pos_embed(D, h)
+    assert table.shape == (1, h * h + 1, D) and table.dtype == torch.float32
+    assert torch.equal(table[0, 0], torch.zeros(D))
+    for row, column in itertools.product(range(h), range(h)):
+        expected = []
+        for position in (column, row):
+            angles = [position / 10000 ** (i / (D // 4)) for i in range(D // 4)]
+            expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+        torch.testing.assert_close(table[0, 1 + h * row + column], torch.tensor(expected))
+
+
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="12x10 pixels.*4x4"):
+        amt.patchify(torch.zeros(1, 3, 12, 10), 4)
+    with pytest.raises(ValueError, match=r"\(1, 5, 48\).*patch size 4"):
+        amt.unpatchify(torch.zeros(1, 5, 48), 4)
+    with pytest.raises(ValueError, match="width 10 .*multiple of 4"):
+        amt.sincos_pos_embed(10, 4)
+    with pytest.raises(ValueError, match="patch_size 5.*img_size 16"):
+        amt.ViT(img_size=16, patch_size=5)
+    with pytest.raises(ValueError, match="num_heads 5.*embed_dim 24"):
+        amt.ViT(img_size=16, patch_size=4, embed_dim=24, num_heads=5)
+    with pytest.raises(ValueError, match=r"\(2, 3, 8, 8\).*\(B, 3, 16, 16\)"):
+        tiny_vit()(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"\(1, 2, 17\).*square.*extra tokens"):
+        amt.masking_weights(Stub(torch.rand(1, 2, 17)), random_images(1))
+    with pytest.raises(ValueError, match="decoder_num_heads 3.*decoder_embed_dim 16"):
+        amt.MAE(tiny_vit(), decoder_embed_dim=16, decoder_num_heads=3)
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Vision transformer
+
+
+def torch_vit(vit, images):
+    """The same ViT in PyTorch's own layers: the embedded tokens of all patches, and the blocks."""
+
+    def layer(block):
+        D = block.norm1.normalized_shape[0]
+        ours = block.state_dict()
+        names = {
+            "self_attn.in_proj_": "attn.qkv.",
+            "self_attn.out_proj.": "attn.proj.",
+            "linear1.": "mlp.fc1.",
+            "linear2.": "mlp.fc2.",
+            "norm1.": "norm1.",
+            "norm2.": "norm2.",
+        }
+        theirs = nn.TransformerEncoderLayer(
+            D,
+            block.attn.num_heads,
+            len(ours["mlp.fc1.bias"]),
+            0.0,
+            "gelu",
+            layer_norm_eps=1e-6,
+            batch_first=True,
+            norm_first=True,
+        )
+        theirs.load_state_dict(
+            {
+                new + kind: ours[old + kind]
+                for new, old in names.items()
+                for kind in ("weight", "bias")
+            }
+        )
+        return theirs
+
+    conv = vit.patch_embed.proj
+    x = F.conv2d(images, conv.weight, conv.bias, stride=conv.stride).flatten(2).transpose(1, 2)
+    x = torch.cat([vit.cls_token.expand(len(images), -1, -1), x], dim=1) + vit.pos_embed
+    return x, [layer(block) for block in vit.blocks]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])  # small tokens tell an eps of 1e-6 from others
+def test_vit_is_pytorchs_transformer_encoder(scale):
+    vit, images = tiny_vit(), random_images(3)
+    if scale != 1:
+        for p in (vit.cls_token, vit.pos_embed, *vit.patch_embed.parameters()):
+            p.data *= scale
+        for block in vit.blocks:
+            for p in (*block.attn.proj.parameters(), *block.mlp.fc2.parameters()):
+                p.data *= scale
+    x, layers = torch_vit(vit, images)
+    for keep in (None, torch.tensor([[3, 0, 15], [1, 2, 3], [9, 8, 7]])):
+        tokens = (
+            x
+            if keep is None
+            else torch.stack(
+                [torch.cat([tokens[:1], tokens[1 + ids]]) for tokens, ids in zip(x, keep)]
+            )
+        )
+        for layer in layers:
+            tokens = layer(tokens)
+        expected = F.layer_norm(tokens, (24,), vit.norm.weight, vit.norm.bias, 1e-6)
+        torch.testing.assert_close(vit(images, keep), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_have_timms_names():
+    block = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
+    modules = [
+        "patch_embed.proj",
+        *(f"blocks.{i}.{name}" for i in range(3) for name in block),
+        "norm",
+    ]
+    names = {
+        "cls_token",
+        "pos_embed",
+        *(f"{m}.{kind}" for m in modules for kind in ("weight", "bias")),
+    }
+    assert set(tiny_vit().state_dict()) == names
+    theirs = [
+        "decoder_embed",
+        "decoder_norm",
+        "decoder_pred",
+        *(f"decoder_blocks.{i}.{name}" for i in range(2) for name in block),
+    ]
+    names = {
+        "mask_token",
+        "decoder_pos_embed",
+        *(f"{m}.{kind}" for m in theirs for kind in ("weight", "bias")),
+    }
+    mae = tiny_mae()
+    assert {name for name in mae.state_dict() if not name.startswith("encoder.")} == names
+    assert {m.eps for m in mae.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
+
+
+def test_state_dict_loads_into_timm_and_gives_the_same_tokens():
+    timm = pytest.importorskip("timm")
+    vit, images = tiny_vit(), random_images(2)
+    theirs = timm.models.vision_transformer.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=2, num_classes=0
+    )
+    theirs.load_state_dict(vit.state_dict(), strict=True)
+    torch.testing.assert_close(
+        vit(images), theirs.eval().forward_features(images), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "build, patch, width, depth, heads, millions",
+    [
+        (amt.vit_tiny, 16, 192, 12, 3, 5.5),
+        (amt.vit_small, 16, 384, 12, 6, 21.7),
+        (amt.vit_base, 16, 768, 12, 12, 85.8),
+        (amt.vit_large, 16, 1024, 24, 16, 303.3),
+        (amt.vit_huge, 14, 1280, 32, 16, 630.8),
+    ],
+)
+def test_builders_have_the_fields_sizes(build, patch, width, depth, heads, millions):
+    with torch.device("meta"):
+        vit = build()
+    assert (vit.patch_size, vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads) == (
+        patch,
+        width,
+        depth,
+        heads,
+    )
+    assert sum(p.numel() for p in vit.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_initialisation_is_maes():
+    torch.manual_seed(0)
+    vit = amt.ViT(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2)
+    for linear, fan_in, fan_out in [
+        (vit.blocks[0].attn.qkv, 64, 192),
+        (vit.blocks[0].mlp.fc2, 256, 64),
+        (vit.patch_embed.proj, 192, 64),
+    ]:
+        bound = math.sqrt(6 / (fan_in + fan_out))
+        assert 0.98 * bound < linear.weight.abs().max() <= bound
+        assert linear.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        assert not linear.bias.any()
+    assert vit.cls_token.std().item() == pytest.approx(0.02, rel=0.3)
+    before = vit.blocks[0].attn.qkv.weight.clone()
+    amt.MAE(vit, 16, 1, 2)
+    assert torch.equal(vit.blocks[0].attn.qkv.weight, before)  # a trained encoder stays trained
+
+
+def test_only_kept_patches_are_embedded_and_processed():
+    vit, images = tiny_vit(), random_images(2)
+    shapes = []
+    vit.patch_embed.register_forward_pre_hook(lambda _, x: shapes.append(x[0].shape))
+    for block in vit.blocks:
+        block.register_forward_pre_hook(lambda _, x: shapes.append(x[0].shape))
+    vit(images, keep=torch.tensor([[5, 1], [0, 7]]))
+    assert shapes == [(2, 2, 48)] + 3 * [(2, 3, 24)]
+
+
+def test_drop_path_leaves_out_branches_in_training_alone_and_keeps_the_mean():
+    block = amt.Block(8, 2, drop_path=0.25)
+    x = torch.randn(4000, 3, 8, generator=rng())
+    full = block.eval()(x) - x
+    assert torch.equal(block(x) - x, full)
+    torch.manual_seed(0)
+    branch = block.train().drop(torch.ones(4000, 3, 8))
+    assert branch.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert (branch == branch[:, :1, :1]).all()  # an image's branch goes as a whole
+    assert branch.mean().item() == pytest.approx(1, abs=0.03)
+    rates = [b.drop_path for b in amt.ViT(16, 4, 24, 5, 2, drop_path=0.2).blocks]
+    assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Masking weights
+
+
+def attention_by_hand(vit, images):
+    """The last block's whole attention (B, heads, T, T), from the q and k that it computes."""
+    caught = []
+    hook = vit.blocks[-1].attn.qkv.register_forward_hook(lambda *args: caught.append(args[2]))
+    vit(images)
+    hook.remove()
+    B, T, D3 = caught[0].shape
+    heads = vit.blocks[-1].attn.num_heads
+    q, k, _ = caught[0].reshape(B, T, 3, heads, D3 // 3 // heads).permute(2, 0, 3, 1, 4)
+    return torch.einsum("bhqd,bhkd->bhqk", q, k).div(math.sqrt(D3 // 3 // heads)).softmax(dim=-1)
+
+
+def test_cls_attention_is_the_first_row_without_its_first_entry():
+    vit, images = tiny_vit().eval(), random_images(3)
+    expected = attention_by_hand(vit, images)[:, :, 0, 1:]
+    a = vit.cls_attention(images)
+    torch.testing.assert_close(a, expected)
+    assert a.shape == (3, 2, 16) and (a.sum(dim=2) < 0.999).all()  # not renormalised
+
+
+def test_masking_weights_average_the_heads_then_stretch():
+    vit, images = tiny_vit(), random_images(3)
+    mean = attention_by_hand(vit.eval(), images)[:, :, 0, 1:].mean(dim=1)
+    expected = torch.stack([(a - a.min()) / (a.max() - a.min()) for a in mean]).reshape(3, 4, 4)
+    weights = amt.masking_weights(vit, images)
+    torch.testing.assert_close(weights, expected)
+    assert weights.dtype == torch.float32 and not weights.requires_grad
+
+
+class Stub(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention, self.dropout, self.frozen = attention, nn.Dropout(), nn.BatchNorm1d(1)
+        self.frozen.eval()
+
+    def cls_attention(self, images):
+        assert not (self.training or self.dropout.training or torch.is_grad_enabled())
+        if self.attention is None:
+            raise RuntimeError("out of memory")
+        return self.attention
+
+
+def test_masking_weights_of_even_attention_are_zero():
+    weights = amt.masking_weights(
+        Stub(torch.full((2, 3, 16), 1 / 17, dtype=torch.bfloat16)), random_images(2)
+    )
+    assert weights.dtype == torch.float32 and torch.equal(weights, torch.zeros(2, 4, 4))
+
+
+@pytest.mark.parametrize("attention", [torch.rand(2, 3, 16, generator=rng()), None])
+def test_masking_weights_leave_every_mode_as_it_was(attention):
+    stub = Stub(attention)
+    try:
+        amt.masking_weights(stub, random_images(2))
+    except RuntimeError:
+        assert attention is None
+    assert stub.training and stub.dropout.training and not stub.frozen.training
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Crops
+
+
+def test_random_crops_have_the_distribution_of_random_resized_crop():
+    n = 40000
+    theta = amt.random_crops(n, (0.05, 0.15), (0.5, 2.0), rng())
+    assert theta.shape == (n, 2, 3) and not theta[:, [0, 1], [1, 0]].any()
+    width, height, x, y = theta[:, 0, 0], theta[:, 1, 1], theta[:, 0, 2], theta[:, 1, 2]
+    assert (height > 0).all() and (width < 0).float().mean().item() == pytest.approx(0.5, abs=0.01)
+    width = width.abs()
+    uniform = {  # each of these is uniform in 0 to 1
+        "area": (width * height - 0.05) / 0.1,
+        "aspect": (width / height).log() / math.log(4) + 0.5,
+        "x": (x / (1 - width) + 1) / 2,
+        "y": (y / (1 - height) + 1) / 2,
+    }
+    for name, u in uniform.items():
+        sorted_u, ideal = u.sort().values, torch.arange(n) / n
+        assert (sorted_u - ideal).abs().max() < 1.95 / math.sqrt(n), (
+            name
+        )  # Kolmogorov-Smirnov, 0.1 %
+    corr = torch.corrcoef(torch.stack([*uniform.values(), theta[:, 0, 0].sign()]))
+    assert (corr - torch.eye(5)).abs().max() < 0.03
+
+
+def test_random_crops_are_cut_to_the_image_and_repeat_with_the_generator():
+    theta = amt.random_crops(5000, (0.2, 1.0), generator=rng(3))
+    sides, centres = theta[:, [0, 1], [0, 1]].abs(), theta[:, :, 2].abs()
+    assert (sides + centres <= 1 + 1e-6).all() and (sides == 1).any()
+    assert torch.equal(theta, amt.random_crops(5000, (0.2, 1.0), generator=rng(3)))
+    assert not torch.equal(theta, amt.random_crops(5000, (0.2, 1.0), generator=rng(4)))
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear", "nearest"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_crop_of_whole_pixels_is_slicing(mode, flip):
+    images, (top, left, size) = random_images(1), (5, 2, 8)
+    width = -size / 16 if flip else size / 16
+    theta = torch.tensor(
+        [[[width, 0, (2 * left + size) / 16 - 1], [0, size / 16, (2 * top + size) / 16 - 1]]]
+    )
+    expected = images[:, :, top : top + size, left : left + size]
+    expected = expected.flip(3) if flip else expected
+    torch.testing.assert_close(amt.crop(images, theta, size, mode), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_crop_continues_the_image_at_its_edges(mode):
+    whole = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]])
+    torch.testing.assert_close(
+        amt.crop(torch.ones(1, 1, 4, 4), whole, 16, mode), torch.ones(1, 1, 16, 16)
+    )
+
+
+def test_weights_lie_on_the_patches_that_show_what_they_were_measured_on():
+    # Each pixel of the image holds its own place; the map has one hot cell. Whatever the crop and
+    # the flip, a patch's weight must be that of the places it shows.
+    n, size, p, h = 64, 32, 4, 8
+    line = (torch.arange(size) + 0.5) / size
+    places = torch.stack([line.expand(size, size), line[:, None].expand(size, size)]).expand(
+        n, 2, size, size
+    )
+    theta = amt.random_crops(n, (0.2, 1.0), generator=rng())
+    hot = torch.randint(h, (n, 2), generator=rng(1))  # column, row
+    maps = torch.zeros(n, h, h)
+    maps[torch.arange(n), hot[:, 1], hot[:, 0]] = 1
+    weights = amt.crop_weights(maps, theta, size, p)
+    assert weights.shape == (n, (size // p) ** 2)
+
+    shown = amt.crop(places, theta, size, "bilinear")
+    centre = ((hot + 0.5) / h)[:, :, None, None]
+    tents = (1 - (shown - centre).abs() * h).clamp(min=0)  # bilinear interpolation of the cell
+    at_edge = (hot == 0) | (hot == h - 1)  # where the map is continued outwards
+    beyond = ((shown - centre) * (hot - 3.5).sign()[:, :, None, None] > 0) & at_edge[
+        :, :, None, None
+    ]
+    tents = torch.where(beyond, 1.0, tents)
+    expected = amt.patchify((tents[:, :1] * tents[:, 1:]), p).sum(dim=2)
+    most = expected.amax(dim=1)  # of 16, where all is seen
+    assert (most > 8).sum() > 20 and (most == 0).any()
+    assert (weights - expected).abs().max() < 1  # pixels are not points
+
+
+def test_weights_of_an_even_map_are_sums_over_pixels():
+    weights = amt.crop_weights(
+        torch.full((3, 7, 7), 0.5), amt.random_crops(3, generator=rng()), 28, 4
+    )
+    torch.testing.assert_close(weights, torch.full((3, 49), 0.5 * 16))
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Ranking
+
+
+def chi_square(rankings, probability):
+    """Pearson's statistic of the rankings (n, N) against the probability of each permutation."""
+    n, N = rankings.shape
+    codes = (rankings * N ** torch.arange(N)).sum(dim=1)
+    total = 0.0
+    for permutation in itertools.permutations(range(N)):
+        code = sum(i * N**place for place, i in enumerate(permutation))
+        expected = n * probability(permutation)
+        total += ((codes == code).sum().item() - expected) ** 2 / expected
+    return total
+
+
+def plackett_luce(weights):
+    def probability(permutation):
+        p, left = 1.0, sum(weights)
+        for i in permutation:
+            p, left = p * weights[i] / left, left - weights[i]
+        return p
+
+    return probability
+
+
+@pytest.mark.parametrize(
+    "weights", [[0.4, 0.3, 0.2, 0.1], [1e-30, 3e-30, 2e-30, 1e-30], [4.0, 4.0, 4.0, 4.0]]
+)
+def test_ranking_has_the_plackett_luce_distribution(weights):
+    rankings = amt.sample_patches(torch.tensor(weights).expand(60000, 4), rng())
+    assert chi_square(rankings, plackett_luce(weights)) < 49.7  # 23 degrees of freedom, 0.1 %
+
+
+def test_zero_weights_rank_last_in_random_order():
+    least = 2.0**-149  # the least positive float32
+    weights = torch.tensor([0.0, least, 0.0, 1.0, 0.0, 3e38]).expand(30000, 6)
+    rankings = amt.sample_patches(weights, rng())
+    assert set(rankings[:, :3].unique().tolist()) == {1, 3, 5}
+    order = rankings[:, 3:] // 2  # 0, 2, 4 as 0, 1, 2
+    assert chi_square(order, lambda _: 1 / 6) < 20.5  # 5 degrees of freedom, 0.1 %
+
+
+def test_a_row_of_zeros_is_ranked_uniformly():
+    rankings = amt.sample_patches(torch.zeros(60000, 4), rng())
+    assert chi_square(rankings, lambda _: 1 / 24) < 49.7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rankings_are_permutations_that_repeat_with_the_generator(dtype):
+    weights = torch.rand(8, 196, generator=rng()).to(dtype)
+    rankings = amt.sample_patches(weights, rng(5))
+    assert rankings.dtype == torch.int64
+    assert torch.equal(rankings.sort(dim=1).values, torch.arange(196).expand(8, 196))
+    assert torch.equal(rankings, amt.sample_patches(weights, rng(5)))
+    assert not torch.equal(rankings, amt.sample_patches(weights, rng(6)))
+    assert (rankings[0] != rankings[1]).any()
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Masking and throwing
+
+
+@pytest.mark.parametrize(
+    "N, mask_ratio, throw_ratio, counts",
+    [
+        (196, 0.45, 0.40, (88, 78, 30)),
+        (196, 0.75, 0.0, (147, 0, 49)),
+        (64, 0.45, 0.40, (29, 26, 9)),
+        (49, 0.44, 0.26, (22, 13, 14)),
+        (10, 0.45, 0.25, (4, 2, 4)),
+    ],
+)  # round halves to even
+def test_counts_and_order(N, mask_ratio, throw_ratio, counts):
+    ranking = torch.rand(2, N, generator=rng()).argsort(dim=1)
+    masked, thrown, visible = amt.mask_and_throw(ranking, mask_ratio, throw_ratio)
+    assert (masked.shape[1], thrown.shape[1], visible.shape[1]) == counts
+    assert torch.equal(torch.cat([masked, thrown, visible], dim=1), ranking)
+    masked, thrown, visible = amt.mask_and_throw(ranking, mask_ratio, throw_ratio, throw="lowest")
+    assert (masked.shape[1], thrown.shape[1], visible.shape[1]) == counts
+    assert torch.equal(torch.cat([masked, visible, thrown], dim=1), ranking)
+
+
+@pytest.mark.parametrize(
+    "ratios, message",
+    [
+        ((1.0, 0.0), "N = 64 .*mask_ratio 1.0 and throw_ratio 0.0.*less than 1"),
+        ((0.5, -0.1), "N = 64 .*mask_ratio 0.5 and throw_ratio -0.1.*at least 0"),
+        ((float("nan"), 0.0), "mask_ratio nan"),
+        ((0.6, 0.4), "38 masked, 26 thrown, 0 visible"),
+        ((0.001, 0.4), "0 masked, 26 thrown, 38 visible"),
+        ((0.75, 0.4), "48 masked, 26 thrown, -10 visible"),
+        ((0.4, 0.4, "highest"), '"highest".*"middle" or "lowest"'),
+    ],
+)
+def test_ratios_that_leave_nothing_are_refused(ratios, message):
+    with pytest.raises(ValueError, match=message):
+        amt.mask_and_throw(torch.zeros(1, 64), *ratios)
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Masked autoencoder
+
+
+def literal_mae(mae, images, visible, masked, norm_pix_loss):
+    """MAE as published, an image at a time: mask tokens at all hidden places, in the image's order,
+    all tokens decoded and projected, the loss by a mask; and thrown tokens taken out."""
+    p, N = mae.encoder.patch_size, mae.encoder.grid_size**2
+    losses, preds = [], []
+    for i in range(len(images)):
+        latent = mae.decoder_embed(mae.encoder(images[i : i + 1], keep=visible[i : i + 1]))[0]
+        tokens = mae.mask_token[0].repeat(N, 1)
+        for token, place in zip(latent[1:], visible[i]):
+            tokens[place] = token
+        x = torch.cat([latent[:1], tokens]) + mae.decoder_pos_embed[0]
+        stays = sorted([*visible[i].tolist(), *masked[i].tolist()])
+        x = x[[0] + [1 + place for place in stays]][None]
+        for block in mae.decoder_blocks:
+            x = block(x)
+        out = mae.decoder_pred(mae.decoder_norm(x))[0, 1:]
+        target = amt.patchify(images[i : i + 1], p)[0]
+        if norm_pix_loss:
+            target = torch.stack([(t - t.mean()) / (t.var() + 1e-6) ** 0.5 for t in target])
+        is_masked = torch.tensor([float(place in masked[i].tolist()) for place in stays])
+        per_patch = ((out - target[stays]) ** 2).mean(dim=1)
+        losses.append((per_patch * is_masked).sum() / is_masked.sum())
+        preds.append(out[[stays.index(place) for place in masked[i].tolist()]])
+    return torch.stack(losses).mean(), torch.stack(preds)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+@pytest.mark.parametrize("n_thrown", [0, 6])
+def test_mae_is_the_literal_one(norm_pix_loss, n_thrown):
+    mae, images = tiny_mae(norm_pix_loss=norm_pix_loss), random_images(3)
+    images[0] = 0.5  # patches of no contrast
+    masked, _, visible = split(3, n_thrown=n_thrown)
+    loss, pred = mae(images, visible, masked)
+    expected_loss, expected_pred = literal_mae(mae, images, visible, masked, norm_pix_loss)
+    assert pred.shape == (3, 5, 48)
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(pred, expected_pred, rtol=1e-4, atol=1e-5)
+    assert {p for p in mae.parameters() if not p.requires_grad} == {
+        mae.encoder.pos_embed,
+        mae.decoder_pos_embed,
+    }
+
+
+def repaint(images, ids, seed=9):
+    """The images with other pixels in the patches ids."""
+    patches = amt.patchify(images, 4)
+    noise = torch.randn(patches.shape, generator=rng(seed))
+    return amt.unpatchify(patches.scatter(1, ids[:, :, None].expand(-1, -1, 48), noise), 4)
+
+
+def loss_pred_grads(mae, images, visible, masked):
+    mae.zero_grad()
+    loss, pred = mae(images, visible, masked)
+    loss.backward()
+    return (
+        loss.detach(),
+        pred.detach(),
+        [p.grad.clone() for p in mae.parameters() if p.requires_grad],
+    )
+
+
+def test_thrown_pixels_change_nothing():
+    mae, images = tiny_mae(), random_images(2)
+    masked, thrown, visible = split(2, n_thrown=6)
+    before, after = (
+        loss_pred_grads(mae, x, visible, masked) for x in (images, repaint(images, thrown))
+    )
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    assert all(map(torch.equal, before[2], after[2])) and all(g.any() for g in before[2])
+
+
+def test_masked_pixels_change_the_targets_alone():
+    mae, images = tiny_mae(), random_images(2)
+    masked, _, visible = split(2, n_thrown=6)
+    other = repaint(images, masked)
+    (loss, pred), (other_loss, other_pred) = (
+        mae(images, visible, masked),
+        mae(other, visible, masked),
+    )
+    assert torch.equal(pred, other_pred) and loss != other_loss
+    target = torch.take_along_dim(amt.patchify(other, 4), masked[:, :, None], dim=1)
+    torch.testing.assert_close(other_loss, ((pred - target) ** 2).mean())
+    assert not torch.equal(pred, mae(repaint(images, visible), visible, masked)[1])
+
+
+def test_the_order_of_the_index_sets_does_not_matter():
+    mae, images = tiny_mae(), random_images(2)
+    masked, _, visible = split(2, n_thrown=6)
+    loss, pred = mae(images, visible, masked)
+    other_loss, other_pred = mae(images, visible.flip(1), masked.flip(1))
+    torch.testing.assert_close(loss, other_loss)
+    torch.testing.assert_close(pred, other_pred.flip(1), rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+# train_cifar.py
+
+SMALL = [
+    "--dataset",
+    "shapes",
+    "--num-images",
+    "70",
+    "--depth",
+    "1",
+    "--decoder-embed-dim",
+    "32",
+    "--decoder-depth",
+    "1",
+    "--epochs",
+    "4",
+    "--update-interval",
+    "2",
+    "--warmup-epochs",
+    "1",
+    "--batch-size",
+    "32",
+    "--probe-epochs",
+    "1",
+    "--save-every",
+    "1",
+]
+
+
+def run(out_dir, *flags):
+    """Runs the script; the out-dir's checkpoint."""
+    train_cifar.main([*SMALL, "--out-dir", str(out_dir), *flags])
+    return torch.load(out_dir / "checkpoint.pth", weights_only=True)
+
+
+def error(*flags):
+    """The one line that the script ends with."""
+    with pytest.raises(SystemExit) as caught:
+        train_cifar.main([*SMALL, *map(str, flags)])
+    line = caught.value.code
+    assert line.startswith("train_cifar.py: error: ") and "\n" not in line
+    return line
+
+
+def assert_same(a, b, **tolerance):
+    """Compares nested dicts and lists of tensors: bit for bit, or within a tolerance."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+    if isinstance(a, (dict, list)):
+        for key in a if isinstance(a, dict) else range(max(len(a), len(b))):
+            assert_same(a[key], b[key], **tolerance)
+    elif isinstance(a, torch.Tensor) and tolerance:
+        torch.testing.assert_close(a, b, **tolerance)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def trained(checkpoint):
+    """What training made of a checkpoint, without its times."""
+    return {
+        key: checkpoint[key]
+        for key in ("model", "optimizer", "epoch", "maps", "snapshots", "settings")
+    }
+
+
+def logged_epochs(out_dir):
+    header, *rows = [line.split(",") for line in (out_dir / "log.csv").read_text().splitlines()]
+    assert header[:4] == ["epoch", "loss", "lr", "images_per_second"] and all(
+        len(r) == len(header) for r in rows
+    )
+    return [int(row[0]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run from beginning to end: its directory and its checkpoint. Read, never written."""
+    out_dir = tmp_path_factory.mktemp("finished")
+    return out_dir, run(out_dir)
+
+
+def copy(finished, tmp_path):
+    for path in finished[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def test_run_writes_its_files(finished):
+    out_dir, checkpoint = finished
+    assert {path.name for path in out_dir.iterdir()} == {
+        "checkpoint.pth",
+        "encoder.pth",
+        "log.csv",
+        "attention.png",
+        "masking.png",
+    }
+    assert logged_epochs(out_dir) == [1, 2, 3, 4]
+    encoder = amt.vit_tiny(img_size=32, patch_size=4, depth=1)
+    encoder.load_state_dict(torch.load(out_dir / "encoder.pth", weights_only=True))
+    in_checkpoint = {
+        name.removeprefix("encoder."): p
+        for name, p in checkpoint["model"].items()
+        if name.startswith("encoder.")
+    }
+    assert_same(dict(encoder.state_dict()), in_checkpoint)
+    assert (
+        checkpoint["maps"].shape == (70, 8, 8) and checkpoint["maps"].amax(dim=(1, 2)).eq(1).all()
+    )
+    attention, masking = (
+        np.array(Image.open(out_dir / f"{name}.png")) for name in ("attention", "masking")
+    )
+    assert attention.shape == (2 * 132 + 4, 8 * 132 + 4, 3)  # the images, and one update
+    assert masking.shape == (4 * 132 + 4, 8 * 132 + 4, 3)
+    hidden = torch.tensor(masking[2 * 132 + 4 : 3 * 132 : 4, 4:132:4]).permute(2, 0, 1).float()
+    patches = amt.patchify(hidden[None], 4)[0]  # of the first image
+    assert (patches == 0).all(dim=1).sum() == 26 and ((patches - 127.5).abs() < 1).all(
+        dim=1
+    ).sum() == 29
+
+
+def record(monkeypatch):
+    """Has each step of a run write down its ratios, learning rate and whether there are maps."""
+    steps, make_batch, train_step = [], train_cifar.make_batch, train_cifar.train_step
+
+    def recording_batch(args, data, maps, ids, g):
+        steps.append({"maps": maps is not None})
+        return make_batch(args, data, maps, ids, g)
+
+    def recording_step(args, model, optimizer, images, ranking, ratios):
+        steps[-1].update(ratios=ratios, lr=optimizer.param_groups[0]["lr"])
+        return train_step(args, model, optimizer, images, ranking, ratios)
+
+    monkeypatch.setattr(train_cifar, "make_batch", recording_batch)
+    monkeypatch.setattr(train_cifar, "train_step", recording_step)
+    return steps
+
+
+def test_masking_is_random_until_the_first_update(tmp_path, monkeypatch):
+    steps = record(monkeypatch)
+    run(tmp_path, "--blr", "8e-3")
+    assert [step["ratios"] for step in steps] == 4 * [(0.75, 0.0)] + 4 * [(0.45, 0.40)]
+    assert [step["maps"] for step in steps] == 4 * [False] + 4 * [True]
+    peak = 8e-3 * 32 / 256  # one epoch of warm-up, two steps each
+    expected = [0, peak / 2, *(peak * (1 + math.cos(math.pi * i / 6)) / 2 for i in range(6))]
+    assert [step["lr"] for step in steps] == pytest.approx(expected)
+
+
+def test_random_masking_never_updates(tmp_path, monkeypatch):
+    steps = record(monkeypatch)
+    checkpoint = run(tmp_path, "--masking", "random")
+    assert {(step["ratios"], step["maps"]) for step in steps} == {((0.75, 0.0), False)}
+    assert checkpoint["maps"] is None and not (tmp_path / "attention.png").exists()
+
+
+def small(*flags):
+    args = train_cifar.parse_args([*SMALL, *flags])
+    return args, train_cifar.load_data(args)
+
+
+def test_maps_are_the_weights_of_the_whole_images_in_order():
+    args, data = small()
+    encoder = train_cifar.build_model(args).encoder
+    maps = train_cifar.update_maps(args, encoder, data)
+    for i in (0, 31, 32, 69):  # in and between batches of 32
+        image = (data.train[i : i + 1].float() - data.mean) / data.std
+        torch.testing.assert_close(
+            maps[i : i + 1], amt.masking_weights(encoder, image), rtol=1e-3, atol=1e-4
+        )
+
+
+def test_a_ranking_follows_the_maps_of_its_own_images():
+    # Each map has one hot cell: a patch that shows some of it is ranked first, where there is one.
+    # Not so if the maps were another image's, or cropped differently.
+    args, data = small()
+    maps = torch.zeros(70, 8, 8)
+    maps[torch.arange(70), torch.arange(70) % 8, torch.arange(70) // 9] = 1
+    ids = torch.arange(69, 5, -1)
+    images, ranking = train_cifar.make_batch(args, data, maps, ids, rng())
+    theta = amt.random_crops(64, generator=rng())
+    expected = amt.crop_weights(maps[ids], theta, 32, 4)
+    top_weight = expected.gather(1, ranking[:, :1])[:, 0]
+    assert (top_weight > 0).eq(expected.amax(dim=1) > 0).all()
+    shown = amt.crop(data.train[ids].float(), theta, 32, "bicubic").clamp(0, 255)
+    torch.testing.assert_close(images, (shown - data.mean) / data.std)
+
+
+def test_draws_do_not_depend_on_the_number_of_processes(monkeypatch):
+    args, data = small()
+    maps, ids = torch.rand(70, 8, 8, generator=rng()), torch.arange(3, 35)
+    images, ranking = train_cifar.make_batch(args, data, maps, ids, rng())
+    monkeypatch.setattr(train_cifar, "WORLD_SIZE", 2)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(train_cifar, "RANK", rank)
+        parts.append(train_cifar.make_batch(args, data, maps, ids, rng()))
+    torch.testing.assert_close(torch.cat([part[0] for part in parts]), images)
+    assert torch.equal(torch.cat([part[1] for part in parts]), ranking)
+
+
+def test_epochs_and_stages_draw_differently():
+    first = [
+        torch.rand(4, generator=train_cifar.generator(*key))
+        for key in [(0, "pretrain", 0), (0, "pretrain", 1), (1, "pretrain", 0), (0, "probe", 0)]
+    ]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(first, 2))
+    assert torch.equal(first[1], torch.rand(4, generator=train_cifar.generator(0, "pretrain", 1)))
+
+
+def test_weight_decay_is_for_matrices():
+    args = train_cifar.parse_args(SMALL)
+    model = train_cifar.build_model(args)
+    decayed, others = train_cifar.build_optimizer(model).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"], decayed["betas"]) == (
+        0.05,
+        0.0,
+        (0.9, 0.95),
+    )
+    names = {p: name for name, p in model.named_parameters()}
+    linear = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    assert {names[p] for p in decayed["params"]} == {names[m.weight] for m in linear}
+    trained = {name for name, p in model.named_parameters() if "pos_embed" not in name}
+    assert {names[p] for p in others["params"]} == trained - {names[m.weight] for m in linear}
+
+
+class ColourEncoder(nn.Module):
+    """[CLS] is the image's mean colour, times a parameter that a probe must leave alone."""
+
+    embed_dim = 3
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        assert not self.training
+        return self.scale * images.mean(dim=(2, 3))[:, None]
+
+
+def test_probe_trains_a_linear_layer_alone_and_counts_each_test_image(capsys):
+    args, _ = small("--batch-size", "16", "--probe-epochs", "20", "--probe-blr", "2")
+    labels = torch.arange(200) % 4
+    colours = torch.tensor(
+        [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]], dtype=torch.uint8
+    )
+    images = colours[labels][:, :, None, None].expand(-1, -1, 32, 32)
+    test_labels = labels[:37].clone()
+    test_labels[36] = 1  # labelled wrongly: 36 of 37 are right
+    data = train_cifar.Data(
+        images,
+        labels,
+        images[:37],
+        test_labels,
+        torch.full((3, 1, 1), 127.0),
+        torch.full((3, 1, 1), 100.0),
+    )
+    encoder = ColourEncoder().train()
+    assert train_cifar.linear_probe(args, encoder, data) == pytest.approx(100 * 36 / 37)
+    assert encoder.scale.item() == 1 and encoder.scale.grad is None
+
+
+def test_shapes_are_the_same_each_time_and_balanced():
+    (images, labels), (again, _) = train_cifar.shapes(200, 1), train_cifar.shapes(200, 1)
+    assert (
+        images.shape == (200, 3, 32, 32)
+        and images.dtype == torch.uint8
+        and torch.equal(images, again)
+    )
+    assert labels.bincount().tolist() == 10 * [20]
+    assert not torch.equal(images, train_cifar.shapes(200, 2)[0])
+
+
+def test_bf16_is_close_to_fp32_and_not_it(finished, tmp_path):
+    bf16 = run(tmp_path, "--precision", "bf16", "--probe-epochs", "0")
+    fp32 = finished[1]
+    assert bf16["model"]["encoder.norm.weight"].dtype == torch.float32
+    assert not torch.equal(bf16["maps"], fp32["maps"])
+    name = "encoder.blocks.0.attn.qkv.weight"
+    torch.testing.assert_close(bf16["model"][name], fp32["model"][name], rtol=0, atol=2e-3)
+
+
+def test_benchmark_compares_random_am_and_amt(capsys, tmp_path):
+    train_cifar.main(
+        [*SMALL, "--benchmark", "--batch-size", "4", "--out-dir", str(tmp_path / "none")]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["random", "AM", "AMT", "update"]
+    assert all("images/s" in line for line in lines[1:]) and not (tmp_path / "none").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs that are stopped, and several processes
+
+
+def command(*flags, processes=0):
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes
+        else []
+    )
+    return [sys.executable, *launcher, str(HERE / "train_cifar.py"), *SMALL, *map(str, flags)]
+
+
+def test_killed_and_resumed_run_ends_with_the_same_weights(finished, tmp_path):
+    with subprocess.Popen(
+        command("--out-dir", tmp_path), stdout=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 3/4"):  # while it saves, or trains on
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+    (tmp_path / "log.csv").open("a").write("4,0.1")  # a row cut short by the kill
+    assert_same(trained(run(tmp_path, "--resume")), trained(finished[1]))
+    assert_same(
+        *(torch.load(d / "encoder.pth", weights_only=True) for d in (tmp_path, finished[0]))
+    )
+    assert logged_epochs(tmp_path) == [1, 2, 3, 4]
+
+
+def test_resume_before_the_first_checkpoint_starts_from_the_beginning(finished, tmp_path, capsys):
+    (tmp_path / "log.csv").write_text("epoch,loss\n1,0.5\n")
+    assert_same(trained(run(tmp_path, "--resume", "--probe-epochs", "0")), trained(finished[1]))
+    assert "no checkpoint yet" in capsys.readouterr().out and logged_epochs(tmp_path) == [
+        1,
+        2,
+        3,
+        4,
+    ]
+
+
+def test_two_processes_do_what_one_does(finished, tmp_path, capsys):
+    done = subprocess.run(
+        command("--out-dir", tmp_path, "--batch-size", 16, processes=2),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    two, one = (
+        trained(torch.load(d / "checkpoint.pth", weights_only=True))
+        for d in (tmp_path, finished[0])
+    )
+    assert_same(two["settings"], one["settings"])
+    assert_same(two["model"], one["model"], rtol=1e-3, atol=2e-5)
+    assert_same(two["maps"], one["maps"], rtol=1e-2, atol=1e-3)
+    assert logged_epochs(tmp_path) == [1, 2, 3, 4]
+    assert done.stdout.count("epoch 4/4") == done.stdout.count("linear probe: ") == 1
+    run(copy(finished, tmp_path), "--resume")  # only probes
+    accuracies = [
+        float(out.split("linear probe: ")[1].split()[0])
+        for out in (done.stdout, capsys.readouterr().out)
+    ]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.5)
+
+
+def test_a_run_is_not_written_over(finished, tmp_path):
+    copy(finished, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "--resume" in error("--out-dir", tmp_path)
+    line = error("--out-dir", tmp_path, "--resume", "--blr", "1e-4", "--masking", "random")
+    assert "masking attention (now random)" in line and "blr" in line and "seed" not in line
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+@pytest.mark.parametrize("content", ["half", {"epoch": 3}, Harmful(), [1, 2]])
+def test_what_is_no_checkpoint_is_refused(content, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "checkpoint.pth"
+    if content == "half":
+        whole = (finished[0] / "checkpoint.pth").read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    else:
+        torch.save(content, path)
+    before = path.read_bytes()
+    assert "damaged or not a checkpoint" in error("--out-dir", tmp_path, "--resume")
+    assert path.read_bytes() == before and not (tmp_path / "harm").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    train_step, calls = train_cifar.train_step, []
+
+    def failing_step(*args):
+        calls.append(train_step(*args))
+        return calls[-1] * (float("nan") if len(calls) == 6 else 1)  # epoch 3, step 2
+
+    monkeypatch.setattr(train_cifar, "train_step", failing_step)
+    line = error("--out-dir", tmp_path)
+    assert "the loss is nan in epoch 3, step 2" in line and "--blr" in line
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 2
+    assert logged_epochs(tmp_path) == [1, 2]
+
+
+def test_a_save_that_fails_keeps_what_was_there(finished, tmp_path, monkeypatch):
+    before = copy(finished, tmp_path).joinpath("checkpoint.pth").read_bytes()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match="cannot write .*checkpoint.pth .*No space left"):
+        train_cifar.write_file(tmp_path / "checkpoint.pth", lambda file: file.write(b"new"))
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before and not list(
+        tmp_path.glob("*.part")
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--patch-size", 5], "--patch-size 5 does not divide the image size 32"),
+        (["--batch-size", 71], "a batch of 71 is more than the 70 training images"),
+        (["--batch-size", 0], "--batch-size: 0 is not allowed: give a whole number of at least 1"),
+        (["--epochs", "many"], "--epochs: many is not allowed"),
+        (["--mask-ratio", 0.75], "0.75 and throw_ratio 0.4 .*-10 visible.*--throw-ratio"),
+        (["--mask-ratio", "nan"], "mask_ratio nan"),
+        (["--blr", 0], "--blr 0.0 is not a learning rate"),
+        (["--probe-blr", "inf"], "--probe-blr inf is not a learning rate"),
+        (["--warmup-epochs", 4], "--warmup-epochs 4 is not less than --epochs 4"),
+        (["--decoder-embed-dim", 48], "--decoder-embed-dim 48 is not a multiple of 32"),
+        (["--dataset", "mnist"], "--dataset: invalid choice: 'mnist'"),
+        (["--model", "vit_giant"], "--model: invalid choice: 'vit_giant'"),
+        (["--rate", 3], "unrecognized arguments: --rate 3"),
+        (["--out-dir", __file__], "cannot make --out-dir .*test_amt.py"),
+    ],
+)
+def test_bad_input_is_named(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert re.search(message, error(*flags))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_data_set_that_cannot_be_had_is_named(tmp_path, monkeypatch):
+    def offline(self):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(train_cifar.CIFAR10, "download", offline)
+    line = error("--dataset", "cifar10", "--data-path", tmp_path, "--out-dir", tmp_path / "out")
+    assert (
+        f"--data-path {tmp_path}" in line
+        and "no route to host" in line
+        and "cifar-10-batches-py" in line
+    )
+    assert not (tmp_path / "out").exists()
