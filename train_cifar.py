@@ -52,8 +52,8 @@ def say(line: str, end: str = "\n"):
 
 
 def fail(message: str):
-    """Ends the program with one line, said by one process."""
-    sys.exit(f"train_cifar.py: error: {message}" if RANK == 0 else 1)
+    """Ends the program with one line, said by one process of each machine."""
+    sys.exit(f"train_cifar.py: error: {message}" if LOCAL_RANK == 0 else 1)
 
 
 def all_sum(x: Tensor) -> Tensor:
@@ -239,6 +239,9 @@ def pretrain(args, data: Data) -> amt.ViT:
     run = {"epoch": 0, "seconds": 0.0, "update_seconds": 0.0, "maps": None, "snapshots": []}
     if args.resume:
         run = load_checkpoint(args, model, optimizer) or run
+    if all_sum(torch.tensor(run["epoch"], device=DEVICE)) != WORLD_SIZE * run["epoch"]:
+        fail(f"the processes found different checkpoints: --out-dir {args.out_dir} must be one "
+             f"directory for all nodes")
     start_log(args, run["epoch"])
     started = time.time() - run["seconds"]
 
@@ -273,7 +276,8 @@ def pretrain(args, data: Data) -> amt.ViT:
             images, ranking = make_batch(args, data, run["maps"], ids, g)
             losses[step] = train_step(args, parallel, optimizer, images, ranking, ratios)
             if progress(f"epoch {epoch + 1}/{args.epochs}  step {step + 1}/{steps}"):
-                check_finite(args, losses[:step + 1], epoch)
+                if WORLD_SIZE == 1:                              # several agree at the epoch's end
+                    check_finite(args, losses[:step + 1], epoch)
         losses = all_sum(losses) / WORLD_SIZE
         check_finite(args, losses, epoch)
 
@@ -652,6 +656,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if DEVICE.type == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
         fail(f"more processes on a machine than its {torch.cuda.device_count()} GPUs: "
              f"give torchrun a smaller --nproc_per_node")
+    if args.benchmark and WORLD_SIZE > 1:
+        fail("--benchmark times a single process: start it without torchrun")
     if (args.out_dir / "checkpoint.pth").exists() and not (args.resume or args.benchmark):
         fail(f"{args.out_dir} holds the checkpoint of a run: go on with it by --resume, or give "
              f"another --out-dir")
@@ -686,7 +692,8 @@ def main(argv: list[str] | None = None):
         say(f"linear probe: {accuracy:.2f} % of {len(data.test)} test images right after epoch "
             f"{args.probe_epochs}, the last")
     say(f"done in {clock(time.time() - started)}; in {args.out_dir}: checkpoint.pth, encoder.pth, "
-        f"log.csv, masking.png" + (", attention.png" if args.masking == "attention" else ""))
+        f"log.csv, masking.png"
+        + (", attention.png" if (args.out_dir / "attention.png").exists() else ""))
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 
