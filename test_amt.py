@@ -749,7 +749,7 @@ def test_run_writes_its_files(finished):
         "attention.png",
         "masking.png",
     }
-    assert logged_epochs(out_dir) == [1, 2, 3, 4, 5, 6]
+    assert logged_epochs(out_dir) == list(range(1, 7))
     encoder = amt.vit_tiny(img_size=32, patch_size=4, depth=1)
     encoder.load_state_dict(torch.load(out_dir / "encoder.pth", weights_only=True))
     in_checkpoint = {
@@ -1034,7 +1034,7 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(finished, tmp_path):
     assert_same(
         *(torch.load(d / "encoder.pth", weights_only=True) for d in (tmp_path, finished[0]))
     )
-    assert logged_epochs(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert logged_epochs(tmp_path) == list(range(1, 7))
 
 
 def test_resumed_epochs_use_the_maps_of_the_checkpoint(finished, tmp_path, monkeypatch):
@@ -1063,14 +1063,9 @@ def test_settings_of_a_checkpoint_are_all_that_its_weights_depend_on(finished):
 def test_resume_before_the_first_checkpoint_starts_from_the_beginning(finished, tmp_path, capsys):
     (tmp_path / "log.csv").write_text("epoch,loss\n1,0.5\n")
     assert_same(trained(run(tmp_path, "--resume", "--probe-epochs", "0")), trained(finished[1]))
-    assert "no checkpoint yet" in capsys.readouterr().out and logged_epochs(tmp_path) == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-    ]
+    assert "no checkpoint yet" in capsys.readouterr().out and logged_epochs(tmp_path) == list(
+        range(1, 7)
+    )
 
 
 def test_two_processes_do_what_one_does(finished, tmp_path, capsys):
@@ -1091,7 +1086,7 @@ def test_two_processes_do_what_one_does(finished, tmp_path, capsys):
         if "qkv.bias" not in name:  # a key's bias has no gradient but rounding, which Adam enlarges
             torch.testing.assert_close(two["model"][name], p, rtol=1e-3, atol=2e-5)
     assert_same(two["maps"], one["maps"], rtol=1e-2, atol=1e-3)
-    assert logged_epochs(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert logged_epochs(tmp_path) == list(range(1, 7))
     assert done.stdout.count("epoch 6/6") == done.stdout.count("linear probe: ") == 1
     run(copy(finished, tmp_path), "--resume")  # only probes
     accuracies = [

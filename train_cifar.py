@@ -127,7 +127,7 @@ def shapes(n: int, seed: int) -> tuple[Tensor, Tensor]:
     label = torch.arange(n) % 10
     outline, texture = label % 5, (label + label // 5) % 5
     y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
-    angle, size =uniform(-0.2, 0.2, 1, 1), uniform(0.8, 1.0, 1, 1)
+    angle, size = uniform(-0.2, 0.2, 1, 1), uniform(0.8, 1.0, 1, 1)
     x, y = x - uniform(-0.15, 0.15, 1, 1), y - uniform(-0.15, 0.15, 1, 1)
     x, y = (x * angle.cos() - y * angle.sin()) / size, (x * angle.sin() + y * angle.cos()) / size
     radius, turn = torch.hypot(x, y), torch.atan2(x, -y)                     # (n, 32, 32)
@@ -492,19 +492,18 @@ def save_masking(args, model: amt.MAE, data: Data, by_attention: bool):
     masked, thrown, visible = amt.mask_and_throw(ranking, args.mask_ratio, args.throw_ratio)
     _, pred = model(images, visible, masked)
 
-    pixels = amt.patchify(data.test[:8] / 255, p)
     target = torch.take_along_dim(amt.patchify(images, p), masked[:, :, None], dim=1)
     pred = pred * target.std(dim=2, keepdim=True) + target.mean(dim=2, keepdim=True)
     std, mean = (x.flatten().repeat(p * p) / 255 for x in (data.std, data.mean))     # (p*p*3)
 
-    def paint(ids, colour):
-        return pixels.scatter(1, ids[:, :, None].expand(-1, -1, pixels.shape[2]), colour)
+    def paint(patches, ids, colours):
+        return patches.scatter(1, ids[:, :, None].expand(-1, -1, patches.shape[2]), colours)
 
-    grey = torch.full_like(pred, 0.5)
-    pixels = paint(thrown, 0.0)
-    rows = [paint(masked, grey), paint(masked, (pred * std + mean).clamp(0, 1))]
-    save_grid([data.test[:8] / 255, heat(maps), *[amt.unpatchify(row, p) for row in rows]],
-              args.out_dir / "masking.png")
+    patches = paint(amt.patchify(data.test[:8] / 255, p), thrown, 0.0)
+    hidden = paint(patches, masked, 0.5)
+    predicted = paint(patches, masked, (pred * std + mean).clamp(0, 1))
+    save_grid([data.test[:8] / 255, heat(maps), amt.unpatchify(hidden, p),
+               amt.unpatchify(predicted, p)], args.out_dir / "masking.png")
 
 
 # ------------------------------------------------------------------------------------------------
