@@ -338,6 +338,7 @@ def linear_probe(args, encoder: amt.ViT, data: Data) -> float:
         head.train()
         g = generator(args.seed, "probe", epoch)
         order = torch.randperm(len(data.train), generator=g, device=DEVICE)
+        losses = torch.zeros(steps, device=DEVICE)
         for step in range(steps):
             set_lr(optimizer, lr, epoch + step / steps, args.probe_epochs)
             ids = order[step * batch:(step + 1) * batch]
@@ -351,10 +352,11 @@ def linear_probe(args, encoder: amt.ViT, data: Data) -> float:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            losses[step] = loss.detach()
             progress(f"probe epoch {epoch + 1}/{args.probe_epochs}  step {step + 1}/{steps}")
         left = (time.time() - started) / (epoch + 1) * (args.probe_epochs - epoch - 1)
-        say(f"probe epoch {epoch + 1}/{args.probe_epochs}  loss {loss.item():.4f}  "
-            f"{clock(left)} left")
+        say(f"probe epoch {epoch + 1}/{args.probe_epochs}  loss {losses.mean().item():.4f}"
+            f"  {clock(left)} left")
 
     head.eval()
     right = torch.zeros((), dtype=torch.int64, device=DEVICE)
@@ -559,8 +561,9 @@ def benchmark(args):
 VITS = {name: getattr(amt, name)
         for name in ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]}
 DEFAULTS = {  # where a data set's are not those of parse_args
-    "shapes": {"depth": 3, "decoder_embed_dim": 96, "decoder_depth": 1, "epochs": 20,
-               "batch_size": 64, "blr": 4e-3, "probe_epochs": 8, "probe_blr": 0.5},
+    "shapes": {"depth": 3, "decoder_embed_dim": 96, "decoder_depth": 1, "epochs": 24,
+               "update_interval": 4, "batch_size": 64, "blr": 4e-3, "probe_epochs": 8,
+               "probe_blr": 0.5},
     "cifar10": {},
     "cifar100": {},
 }
