@@ -1,5 +1,6 @@
 """Tests of amt.py and train_cifar.py:  python -m pytest -q"""
 
+import csv
 import itertools
 import math
 import os
@@ -719,6 +720,11 @@ def trained(checkpoint):
     }
 
 
+def column(out_dir, name):
+    with open(out_dir / "log.csv", newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file)]
+
+
 def logged_epochs(out_dir):
     header, *rows = [line.split(",") for line in (out_dir / "log.csv").read_text().splitlines()]
     assert header[:4] == ["epoch", "loss", "lr", "images_per_second"] and all(
@@ -811,10 +817,9 @@ def test_schedule_of_a_run(tmp_path, monkeypatch):
     expected = [0, peak / 2, *(peak * (1 + math.cos(math.pi * i / 10)) / 2 for i in range(10))]
     assert [step["lr"] for step in steps] == pytest.approx(expected)
     assert saved == [4, 6]
-    rows = [line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines()[1:]]
     pairs = list(zip(steps[::2], steps[1::2]))
     means = [(a["loss"] + b["loss"]) / 2 for a, b in pairs]
-    assert [float(row[1]) for row in rows] == pytest.approx(means, abs=1e-5)
+    assert column(tmp_path, "loss") == pytest.approx(means, abs=1e-5)
 
     # An epoch takes each image once at the most, and draws anew.
     epochs = [a["ids"] + b["ids"] for a, b in pairs]
@@ -1088,6 +1093,8 @@ def test_two_processes_do_what_one_does(finished, tmp_path, capsys):
             torch.testing.assert_close(two["model"][name], p, rtol=1e-3, atol=2e-5)
     assert_same(two["maps"], one["maps"], rtol=1e-2, atol=1e-3)
     assert logged_epochs(tmp_path) == list(range(1, 7))
+    losses = [column(d, "loss") for d in (tmp_path, finished[0])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert done.stdout.count("epoch 6/6") == done.stdout.count("linear probe: ") == 1
     run(copy(finished, tmp_path), "--resume")  # only probes
     accuracies = [
