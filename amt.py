@@ -4,11 +4,11 @@
     Modeling. AAAI 2023, https://arxiv.org/abs/2211.15362
 
 Masked image modeling hides patches of an image and trains a vision transformer to predict them.
-Hiding patches at random ignores what the image shows. AMT looks first: every tenth of the epochs,
-it runs the encoder on every training image, whole, and keeps the attention that [CLS] pays to each
-patch. That attention weighs the drawing of a ranking of the patches, anew at each step, so that
-attended patches tend to the top. The top is masked, that is hidden and predicted; the next part is
-thrown away, never to enter the model; the rest is visible.
+Hiding patches at random ignores what the image shows. AMT looks first: at a fixed interval, a tenth
+of the epochs, it runs the encoder on every training image, whole, and keeps the attention that
+[CLS] pays to each patch. At each step a ranking of the patches is drawn with that attention for
+weights, so that attended patches tend to the top. The top is masked, that is hidden and predicted;
+the next part is thrown away, never to enter the model; the rest is visible.
 
 One idea organises the file: every masking strategy is a ranking M of the N patches of an image, and
 masking and throwing is a split of M. A model takes two sets of indices, `visible` and `masked`, and
@@ -35,8 +35,8 @@ A step of AMT, on the images `ids` of a data set (n, 3, H, H) and of its maps (n
     masked, thrown, visible = mask_and_throw(ranking, mask_ratio=0.45, throw_ratio=0.40)
     loss, _ = mae(crop(images[ids], theta, H, "bicubic"), visible, masked)
 
-with `mae = MAE(vit_base())` and, every tenth of the epochs, `maps = masking_weights(mae.encoder,
-images)` of all images. Until the first time, and for the baseline, masking is random: `ranking =
+with `mae = MAE(vit_base())` and, at that interval, `maps = masking_weights(mae.encoder, images)`,
+batch by batch. Until the first time, and for the baseline, masking is random: `ranking =
 sample_patches(torch.ones(B, N))`, of which 0.75 is masked and nothing thrown.
 """
 import math
@@ -299,16 +299,16 @@ def random_crops(n: int, scale: tuple[float, float] = (0.2, 1.0),
 
     RandomResizedCrop and RandomHorizontalFlip for a whole batch at once: a crop's share of the area
     is uniform in `scale`, the logarithm of its width / height uniform between those of `ratio`, and
-    its place uniform; half are flipped. A side that would exceed the image's is shortened to it
-    (torchvision draws again instead). theta is what `torch.nn.functional.affine_grid` takes: it
-    maps coordinates of the crop, -1 to 1 from edge to edge, to those of the image. It lies on the
-    generator's device, on the CPU if none is given.
+    its place uniform; each is flipped with probability 1/2. A side that would exceed the image's is
+    shortened to it (torchvision draws again instead). theta is what
+    `torch.nn.functional.affine_grid` takes: it maps coordinates of the crop, -1 to 1 from edge to
+    edge, to those of the image. It lies on the generator's device, on the CPU if none is given.
     """
     device = generator.device if generator else None
     area, aspect, x, y, flip = torch.rand(5, n, generator=generator, device=device)
     area = scale[0] + (scale[1] - scale[0]) * area
     aspect = ratio[0] * (ratio[1] / ratio[0]) ** aspect
-    width = (area * aspect).sqrt().clamp(max=1)# 1: the image's
+    width = (area * aspect).sqrt().clamp(max=1)# 1 for a whole side
     height = (area / aspect).sqrt().clamp(max=1)
     theta = torch.zeros(n, 2, 3, device=device)
     theta[:, 0, 0] = torch.where(flip < 0.5, -width, width)
@@ -336,8 +336,8 @@ def crop_weights(weights: Tensor, theta: Tensor, img_size: int, patch_size: int)
     `crop_weights` one theta is what keeps each weight on the patch that shows what the weight was
     measured on.
     """
-    # As in the paper. The authors' code finds the crop's cells of the map by dividing pixels by the
-    # image's size, not the patch's: so always the top-left 2x2 or 3x3, whatever the crop.
+    # As in the paper. To find the map's cells under a crop, the authors' code divides pixels by the
+    # image's size, not the patch's: so it takes the top-left 2x2 or 3x3 cells, whatever the crop.
     x = F.interpolate(weights[:, None], size=img_size, mode="bilinear", align_corners=False)
     return patchify(crop(x, theta, img_size, "bilinear"), patch_size).sum(dim=2)
 
@@ -376,7 +376,8 @@ def mask_and_throw(ranking: Tensor, mask_ratio: float, throw_ratio: float = 0.0,
     round(N * throw_ratio) are thrown: those next in rank (throw="middle", the paper's) or those at
     the bottom (throw="lowest"). The rest is visible. The paper's ratios with MAE: 0.75 and 0 at
     random and for AM (attention-driven masking alone), 0.45 and 0.40 for AMT.
-    Raises ValueError if a ratio is outside [0, 1), or nothing would be masked, or nothing visible.
+    Raises ValueError if a ratio is outside [0, 1), nothing would be masked or nothing visible, or
+    `throw` is another word.
     """
     N = ranking.shape[1]
     given = f"of N = {N} patches, mask_ratio {mask_ratio} and throw_ratio {throw_ratio}"
