@@ -218,8 +218,8 @@ class ViT(nn.Module):
                              f"give (B, 3, {self.img_size}, {self.img_size})")
         patches, pos = patchify(images, self.patch_size), self.pos_embed[0, 1:]
         if keep is not None:
-            patches = torch.take_along_dim(patches, keep[:, :, None], dim=1) # (B, K, p*p*3)
-            pos = pos[keep]                                                  # (B, K, D)
+            patches = torch.take_along_dim(patches, keep[:, :, None], dim=1)  # (B, K, p*p*3)
+            pos = pos[keep]                                                   # (B, K, D)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
         return torch.cat([cls, self.patch_embed(patches) + pos], dim=1)
 
@@ -308,7 +308,7 @@ def random_crops(n: int, scale: tuple[float, float] = (0.2, 1.0),
     area, aspect, x, y, flip = torch.rand(5, n, generator=generator, device=device)
     area = scale[0] + (scale[1] - scale[0]) * area
     aspect = ratio[0] * (ratio[1] / ratio[0]) ** aspect
-    width = (area * aspect).sqrt().clamp(max=1)# 1 for a whole side
+    width = (area * aspect).sqrt().clamp(max=1)                              # 1: the whole side
     height = (area / aspect).sqrt().clamp(max=1)
     theta = torch.zeros(n, 2, 3, device=device)
     theta[:, 0, 0] = torch.where(flip < 0.5, -width, width)

@@ -669,7 +669,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     torch.set_float32_matmul_precision("high")
-    if WORLD_SIZE > 1 and not dist.is_initialized():
+    if WORLD_SIZE > 1:
         if DEVICE.type == "cuda":
             torch.cuda.set_device(DEVICE)
         dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
