@@ -22,11 +22,12 @@ knows nothing of how they were chosen.
     weights P_A of a cropped, flipped image            4. Crops of images and of their weights
     sampling the ranking M (Eq. 5)                     5. Ranking
     masking and throwing (Eq. 6, Algorithm 1)          6. Masking and throwing
-    loss on the masked patches (Eq. 2)                 7. Masked autoencoder
+    loss on the masked patches (Eq. 2)                 7. Models: MAE, SimMIM, MaskFeat
+    the strategies that AMT is compared with           8. Other strategies
 
 Letters in shapes: B images, C channels, H x W pixels, p patch size in pixels, h x w = H/p x W/p the
-grid of patches, N = h w patches, K patches of a set of them, T tokens, D width of the module at
-hand, d width of a head.
+grid of patches, N = h w patches, K patches of a set of them, L numbers that describe a patch, T
+tokens, D width of the module at hand, d width of a head.
 
 A step of AMT, on the images `ids` of a data set (n, 3, H, H) and of its maps (n, h, w):
 
@@ -37,7 +38,9 @@ A step of AMT, on the images `ids` of a data set (n, 3, H, H) and of its maps (n
 
 with `mae = MAE(vit_base())` and, at that interval, `maps = masking_weights(mae.encoder, images)`,
 batch by batch. Until the first time, and for the baseline, masking is random: `ranking =
-sample_patches(torch.ones(B, N))`, of which 0.75 is masked and nothing thrown.
+sample_patches(torch.ones(B, N))`, of which 0.75 is masked and nothing thrown. SimMIM and MaskFeat
+mask units of u x u patches: `crop_weights(..., u * p)` weighs units, the ranking and its split are
+of units, and `expand_units` turns each of the three sets into patches.
 """
 import math
 from collections import OrderedDict
@@ -79,6 +82,11 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
                          f"size {p}: give (B, N, p*p*C) with N a square")
     x = patches.reshape(B, h, h, p, p, L // (p * p))
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, L // (p * p), h * p, h * p)
+
+
+def select(x: Tensor, ids: Tensor) -> Tensor:
+    """The patches (B, K, L) with the indices ids (B, K), int64, of the patches x (B, N, L)."""
+    return torch.take_along_dim(x, ids[:, :, None], dim=1)
 
 
 def sincos_pos_embed(embed_dim: int, grid_size: int) -> Tensor:
@@ -218,8 +226,7 @@ class ViT(nn.Module):
                              f"give (B, 3, {self.img_size}, {self.img_size})")
         patches, pos = patchify(images, self.patch_size), self.pos_embed[0, 1:]
         if keep is not None:
-            patches = torch.take_along_dim(patches, keep[:, :, None], dim=1)  # (B, K, p*p*3)
-            pos = pos[keep]                                                   # (B, K, D)
+            patches, pos = select(patches, keep), pos[keep]      # (B, K, p*p*3), (B, K, D)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
         return torch.cat([cls, self.patch_embed(patches) + pos], dim=1)
 
@@ -230,7 +237,10 @@ class ViT(nn.Module):
         The others are neither embedded nor attended to.
         Raises ValueError if the images are not of the size that the ViT was made for.
         """
-        x = self.embed(images, keep)
+        return self.transform(self.embed(images, keep))
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Runs all blocks and the last norm: tokens (B, T, D) to tokens (B, T, D)."""
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -396,8 +406,21 @@ def mask_and_throw(ranking: Tensor, mask_ratio: float, throw_ratio: float = 0.0,
     raise ValueError(f'throw "{throw}" is unknown: choose "middle" or "lowest"')
 
 
+def expand_units(ids: Tensor, grid_size: int, unit: int) -> Tensor:
+    """The patches (B, K u*u), int64, in the units ids (B, K) of u x u patches.
+
+    Units are counted in rows, as patches are. `grid_size` is the side h of the grid of patches.
+    Raises ValueError if u does not divide it.
+    """
+    if grid_size % unit:
+        raise ValueError(f"units of {unit}x{unit} patches do not fill a grid of "
+                         f"{grid_size}x{grid_size}: choose a unit that divides {grid_size}")
+    patches = torch.arange(grid_size ** 2, device=ids.device).view(1, 1, grid_size, grid_size)
+    return patchify(patches, unit)[0, ids].flatten(1)                        # (B, K, u*u) before
+
+
 # ------------------------------------------------------------------------------------------------
-# 7. Masked autoencoder
+# 7. Models: MAE, SimMIM, MaskFeat. Each wraps an encoder and is called with index sets.
 
 
 class MAE(nn.Module):
@@ -428,8 +451,7 @@ class MAE(nn.Module):
 
     def target(self, images: Tensor, masked: Tensor) -> Tensor:
         """What is to be predicted: the pixels (B, K_masked, p*p*3) of the masked patches."""
-        patches = patchify(images, self.encoder.patch_size)
-        x = torch.take_along_dim(patches, masked[:, :, None], dim=1)
+        x = select(patchify(images, self.encoder.patch_size), masked)
         if self.norm_pix_loss:
             x = (x - x.mean(dim=2, keepdim=True)) / (x.var(dim=2, keepdim=True) + 1e-6).sqrt()
         return x
@@ -453,3 +475,129 @@ class MAE(nn.Module):
         pred = self.decoder_pred(self.decoder_norm(x[:, -K:])).float()       # (B, K_masked, p*p*3)
         loss = F.mse_loss(pred, self.target(images, masked))                 # Eq. 2, l2
         return loss, pred
+
+
+class SimMIM(nn.Module):
+    """SimMIM (Xie et al., 2022), a linear layer on an encoder of visible patches and mask tokens;
+    with target="hog" MaskFeat (Wei et al., 2022), the same but for what is predicted, and l2.
+
+    Raises ValueError if the target is another word, or "hog" and the patch size odd.
+    """
+
+    def __init__(self, encoder: ViT, target: str = "pixels"):
+        super().__init__()
+        if target not in ("pixels", "hog"):
+            raise ValueError(f'target "{target}" is unknown: choose "pixels" or "hog"')
+        self.describe = patchify if target == "pixels" else hog
+        self.distance = F.l1_loss if target == "pixels" else F.mse_loss
+        p, D = encoder.patch_size, encoder.embed_dim
+        length = self.describe(torch.zeros(1, 3, p, p), p).shape[2]
+        self.mask_token = nn.Parameter(torch.randn(1, 1, D) * 0.02)
+        self.head = nn.Linear(D, length)
+        init_weights(self)
+        self.encoder = encoder                           # after init_weights: keeps its weights
+
+    def target(self, images: Tensor, masked: Tensor) -> Tensor:
+        """What is to be predicted: pixels (B, K_masked, p*p*3) or histograms (B, K_masked, 108)."""
+        return select(self.describe(images, self.encoder.patch_size), masked)
+
+    def forward(self, images: Tensor, visible: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, a scalar, and the predictions (B, K_masked, L), in the order of `masked`.
+
+        The arguments are those of `MAE.forward`. Unlike there, the encoder gets masked patches too,
+        each as the mask token with the position of the patch; but thrown ones in no form.
+        """
+        hidden = self.mask_token + self.encoder.pos_embed[0, 1:][masked]     # (B, K_masked, D)
+        x = torch.cat([self.encoder.embed(images, visible), hidden], dim=1)  # (B, T, D)
+        x = self.encoder.transform(x)
+        pred = self.head(x[:, -masked.shape[1]:]).float()                    # (B, K_masked, L)
+        loss = self.distance(pred, self.target(images, masked))              # Eq. 2
+        return loss, pred
+
+
+def hog(images: Tensor, patch_size: int, bins: int = 9) -> Tensor:
+    """Histograms of oriented gradients (B, N, 4 C bins) of images (B, C, H, W): MaskFeat's target.
+
+    Dalal and Triggs, 2005, in each channel: a pixel votes with the length of its gradient for the
+    gradient's orientation, of 180 degrees in `bins` equal bins; the votes of a cell, half a patch
+    a side, are divided by their l2 norm. A patch's four cells are in rows, each (channel, bin).
+    Raises ValueError if p is odd or does not divide H and W.
+    """
+    if patch_size % 2:
+        raise ValueError(f"patch size {patch_size} is odd, and a cell is half a patch: choose an "
+                         f"even one")
+    B, C, H, W = images.shape
+    c = patch_size // 2
+
+    def cells(x):
+        return x.unfold(2, c, c).unfold(3, c, c).flatten(4)                  # (B, C, 2h, 2w, c*c)
+
+    dx = F.pad(images[:, :, :, 2:] - images[:, :, :, :-2], (1, 1))           # 0 at the borders
+    dy = F.pad(images[:, :, 2:] - images[:, :, :-2], (0, 0, 1, 1))
+    orientation = torch.atan2(dy, dx) % math.pi                              # up is down
+    bin = (orientation * (bins / math.pi)).long().clamp(max=bins - 1)
+    votes = images.new_zeros(B, C, H // c, W // c, bins)
+    votes = votes.scatter_add(4, cells(bin), cells(torch.hypot(dx, dy)))
+    votes = F.normalize(votes, dim=4).permute(0, 1, 4, 2, 3).flatten(1, 2)   # (B, C bins, 2h, 2w)
+    return patchify(votes, 2)
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Other strategies. Like `sample_patches`, each takes weights (B, N) and a generator, and gives a
+# ranking (B, N). The three that ignore what the weights say know from them B, N and the device.
+
+
+def random_ranking(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Uniformly at random: He et al., 2022 (MAE), Xie et al., 2022 (SimMIM)."""
+    return torch.rand(weights.shape, generator=generator, device=weights.device).argsort(dim=1)
+
+
+def highest_first(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """By weight, the highest first: Kakogeorgiou et al., 2022 (AttMask). Nothing is drawn."""
+    return weights.argsort(dim=1, descending=True, stable=True)
+
+
+def lowest_first(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """By weight, the lowest first: Li et al., 2021 (MST). Nothing is drawn."""
+    return weights.argsort(dim=1, stable=True)
+
+
+def grid_wise(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Regularly: He et al., 2022. The first half of a square grid is a checkerboard; last comes the
+    bottom left one of each 2x2 patches, which alone stays visible of an even grid with 0.75 masked.
+    """
+    B, N = weights.shape
+    place = torch.arange(N, device=weights.device)
+    row, column = place // math.isqrt(N) % 2, place % math.isqrt(N) % 2
+    order = 2 * (row != column) + row                    # 0 and 1: the checkerboard
+    noise = torch.rand(B, N, generator=generator, device=weights.device)
+    return (order + noise).argsort(dim=1)
+
+
+def block_wise(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Rectangle by rectangle of a square grid: Bao et al., 2022 (BEiT).
+
+    A rectangle has 0.08 to 0.4 of the patches (BEiT: 16 to 75 of 196) and an aspect between 0.3 and
+    1 / 0.3. Its patches are in order from its centre outwards, so that cut short it is still one.
+    """
+    B, N = weights.shape
+    h, device, n_blocks = math.isqrt(N), weights.device, 64      # enough to leave at most corners
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=generator, device=device)
+
+    area, aspect = (0.08 + 0.32 * rand(B, n_blocks)) * N, 0.3 ** (2 * rand(B, n_blocks) - 1)
+    sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()])    # (2, B, n_blocks)
+    sides = sides.round().clamp(1, h)
+    start = (rand(2, B, n_blocks) * (h - sides + 1)).floor()
+    place = torch.arange(N, device=device)
+    place = torch.stack([place // h, place % h])[:, None, None] + 0.5        # (2, 1, 1, N)
+    off = (place - (start + sides / 2)[..., None]).abs() / sides[..., None]  # (2, B, n_blocks, N)
+    off = off.amax(dim=0)                                                    # 0.5 at the edges
+    number = torch.arange(n_blocks, device=device)[:, None]
+    first = torch.where(off < 0.5, number + off, n_blocks + rand(B, 1, N)).amin(dim=1)
+    return first.argsort(dim=1)                          # by the first rectangle a patch is in
+
+
+STRATEGIES = {"attention": sample_patches, "random": random_ranking, "attmask": highest_first,
+              "mst": lowest_first, "block": block_wise, "grid": grid_wise}

@@ -1,4 +1,4 @@
-"""Pretrains a vision transformer by masked image modeling with AMT, then probes it linearly.
+"""Pretrains a vision transformer by masked image modeling with AMT, then probes and fine-tunes it.
 
     python train_cifar.py --dataset shapes             # a look at the method, offline, on a CPU
     python train_cifar.py                              # CIFAR-10, one GPU
@@ -9,10 +9,14 @@
 
     python train_cifar.py --masking random --out-dir out-random              # MAE, the baseline
     python train_cifar.py --mask-ratio 0.75 --throw-ratio 0 --out-dir out-am # AM: nothing is thrown
+    python train_cifar.py --method simmim --out-dir out-simmim               # SimMIM with AMT
+    python train_cifar.py --checkpoint out/encoder.pth --epochs 0 --probe-epochs 0 \
+        --finetune-epochs 100                          # fine-tuning; none: from scratch
     python train_cifar.py --benchmark                  # the time of a step: random, AM, AMT
 
 The directory --out-dir gets checkpoint.pth, encoder.pth (the encoder's state dict alone), log.csv
-(a row an epoch), attention.png (what [CLS] attended to at each update) and masking.png.
+(a row an epoch), attention.png (what [CLS] attended to at each update), masking.png, and after
+fine-tuning finetuned.pth.
 """
 import argparse
 import math
@@ -23,7 +27,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +39,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
+from torchvision.datasets.folder import default_loader
+from torchvision.transforms import v2
 from torchvision.utils import save_image
 
 import amt
@@ -42,7 +50,21 @@ RANK, LOCAL_RANK, WORLD_SIZE = (  # set by torchrun
     int(os.environ.get(name, default)) for name, default in
     [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)])
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
-RANDOM_RATIOS = (0.75, 0.0)  # masked and thrown: MAE's, and AMT's until its first update
+
+
+class Method(NamedTuple):
+    random: tuple[float, float]         # masked and thrown at random, and until the first update
+    amt: list[tuple[float, float]]      # and by AMT; the first is the default
+    mask_unit: int                      # the side, in patches, of what is masked as one
+    scale: tuple[float, float]          # the crops' share of the area
+
+
+METHODS = {  # the ratios of AMT with MaskFeat are those with SimMIM
+    "mae": Method((0.75, 0.0), [(0.45, 0.40)], 1, (0.2, 1.0)),
+    "simmim": Method((0.60, 0.0), [(0.44, 0.26), (0.33, 0.50)], 2, (0.67, 1.0)),
+    "maskfeat": Method((0.40, 0.0), [(0.44, 0.26), (0.33, 0.50)], 2, (0.5, 1.0)),
+}
+BY_ATTENTION = ["attention", "attmask", "mst"]      # the strategies that need attention maps
 
 
 def say(line: str, end: str = "\n"):
@@ -63,6 +85,10 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
+def seed_of(*key) -> int:
+    return random.Random(repr(key)).getrandbits(63)
+
+
 def generator(*key) -> torch.Generator:
     """The generator of what is drawn under a key such as (seed, "pretrain", epoch).
 
@@ -70,7 +96,7 @@ def generator(*key) -> torch.Generator:
     each takes its rows. So no random state is ever saved, a resumed epoch draws what it drew
     before, and the draws do not depend on the number of processes.
     """
-    return torch.Generator(DEVICE).manual_seed(random.Random(repr(key)).getrandbits(63))
+    return torch.Generator(DEVICE).manual_seed(seed_of(*key))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -79,38 +105,94 @@ def generator(*key) -> torch.Generator:
 
 class Data(NamedTuple):
     train: Tensor           # (n, 3, H, H) uint8
-    train_labels: Tensor    # (n,) int64
+    train_labels: Tensor    # int64, of as many of the first of these as are labelled
     test: Tensor
     test_labels: Tensor
     mean: Tensor            # (3, 1, 1) of the training pixels, 0 to 255
     std: Tensor
+
+    @property
+    def classes(self) -> int:
+        return int(self.train_labels.max()) + 1
 
     def normalise(self, pixels: Tensor) -> Tensor:
         return (pixels.clamp(0, 255) - self.mean) / self.std     # a bicubic crop overshoots
 
 
 def load_data(args) -> Data:
-    if args.dataset == "shapes":
-        splits = [shapes(args.num_images, seed=1), shapes(1000, seed=2)]
-    else:
-        splits = cifar({"cifar10": CIFAR10, "cifar100": CIFAR100}[args.dataset], args.data_path)
-    (train, train_labels), (test, test_labels) = [(x.to(DEVICE), y.to(DEVICE)) for x, y in splits]
-    std, mean = torch.std_mean(train.float(), dim=(0, 2, 3))
+    load = {"shapes": lambda args: [shapes(args.num_images, seed=1), shapes(1000, seed=2)],
+            "tiny-imagenet": folders, "folder": folders}.get(args.dataset, published)
+    size = [args.img_size, args.img_size]
+    (train, train_labels), (test, test_labels) = [
+        (v2.functional.resize(x, size).to(DEVICE), y.to(DEVICE)) for x, y in load(args)]
+    std, mean = torch.std_mean(train[:50_000].float(), dim=(0, 2, 3))
     return Data(train, train_labels, test, test_labels, mean[:, None, None], std[:, None, None])
 
 
-def cifar(dataset, root: str) -> list[tuple[Tensor, Tensor]]:
+def published(args) -> list[tuple[Tensor, Tensor]]:
+    """The data sets that torchvision downloads."""
+    if args.dataset == "stl10":
+        dataset, kinds = STL10, [{"split": "train+unlabeled"}, {"split": "test"}]
+    else:
+        dataset = {"cifar10": CIFAR10, "cifar100": CIFAR100}[args.dataset]
+        kinds = [{"train": True}, {"train": False}]
     try:
         if LOCAL_RANK == 0:
-            dataset(root, download=True)
+            dataset(args.data_path, download=True)
         if WORLD_SIZE > 1:
             dist.barrier()
-        splits = [dataset(root, train=train) for train in (True, False)]
+        splits = [dataset(args.data_path, **kind) for kind in kinds]
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        fail(f"cannot read or download {dataset.__name__} in --data-path {root} ({error}): connect "
-             f"to the internet, or give the directory that holds {dataset.base_folder}")
+        fail(f"cannot read or download {dataset.__name__} in --data-path {args.data_path} "
+             f"({error}): connect to the internet, or give the directory that holds "
+             f"{dataset.base_folder}")
+    if args.dataset == "stl10":                                  # the unlabelled ones come last
+        return [(torch.from_numpy(split.data), torch.tensor(split.labels[split.labels >= 0]).long())
+                for split in splits]
     return [(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(),
              torch.tensor(split.targets)) for split in splits]
+
+
+def folders(args) -> list[tuple[Tensor, Tensor]]:
+    """Images of any size in train/<class>/ and val/<class>/, or in the layout of Tiny ImageNet,
+    decoded once: the short side resized to --img-size, and the middle square kept."""
+    root = Path(args.data_path)
+    try:
+        train = ImageFolder(root / "train")
+        if args.dataset == "tiny-imagenet":                      # file, class, and a box, by tabs
+            lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
+            test = [(str(root / "val" / "images" / name), kind)
+                    for name, kind, *_ in (line.split("\t") for line in lines)]
+        else:
+            val = ImageFolder(root / "val")
+            test = [(path, val.classes[label]) for path, label in val.samples]
+        test = [(path, train.class_to_idx[kind]) for path, kind in test]
+    except (OSError, ValueError) as error:
+        fail(f"--data-path {root} is not in the layout of --dataset {args.dataset} ({error})")
+    except KeyError as error:
+        fail(f"class {error} of {root / 'val'} is not among the {len(train.classes)} of "
+             f"{root / 'train'}: give both the same classes")
+    images = len(train.samples) + len(test)
+    if images * 3 * args.img_size ** 2 > 2e9:
+        fail(f"{images} images of {args.img_size} pixels a side do not fit in 2 GB: give a "
+             f"smaller --img-size")
+    square = v2.Compose([v2.Resize(args.img_size), v2.CenterCrop(args.img_size), v2.PILToTensor()])
+
+    def decode(sample):
+        try:
+            return square(default_loader(sample[0]))
+        except Exception as error:                               # Pillow raises many kinds
+            fail(f"cannot decode {sample[0]} ({error}): mend it or take it away")
+
+    def decode_all(samples):
+        pixels = torch.empty(len(samples), 3, args.img_size, args.img_size, dtype=torch.uint8)
+        with ThreadPoolExecutor() as pool:
+            for i, image in enumerate(pool.map(decode, samples)):
+                pixels[i] = image
+                progress(f"decoding image {i + 1} of {len(samples)}")
+        return pixels, torch.tensor([label for _, label in samples])
+
+    return [decode_all(train.samples), decode_all(test)]
 
 
 def shapes(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -163,21 +245,39 @@ def precision(args):
         yield
 
 
-def build_model(args) -> amt.MAE:
+def build_encoder(args, **kwargs) -> amt.ViT:
     torch.manual_seed(args.seed)
-    depth = {"depth": args.depth} if args.depth else {}
-    encoder = VITS[args.model](img_size=args.img_size, patch_size=args.patch_size, **depth)
+    if args.depth:
+        kwargs["depth"] = args.depth
+    return VITS[args.model](img_size=args.img_size, patch_size=args.patch_size, **kwargs)
+
+
+def build_model(args) -> nn.Module:
+    encoder = build_encoder(args)
+    if args.method != "mae":
+        return amt.SimMIM(encoder, "hog" if args.method == "maskfeat" else "pixels").to(DEVICE)
     return amt.MAE(encoder, args.decoder_embed_dim, args.decoder_depth,
                    args.decoder_embed_dim // 32, norm_pix_loss=True).to(DEVICE)
 
 
-def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if name.endswith("weight") and p.ndim > 1]
-    others = [p for name, p in named if not (name.endswith("weight") and p.ndim > 1)]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05},
-                              {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95),
-                              fused=True)
+def build_optimizer(model: nn.Module, beta2: float = 0.95,
+                    lr_scale: Callable[[str], float] = lambda name: 1.0) -> torch.optim.Optimizer:
+    """AdamW; weight decay is for matrices, and lr_scale(name) a factor of a parameter's lr."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decay = 0.05 if name.endswith("weight") and p.ndim > 1 else 0.0
+            scale = lr_scale(name)
+            group = {"params": [], "weight_decay": decay, "lr_scale": scale}
+            groups.setdefault((decay, scale), group)["params"].append(p)
+    return torch.optim.AdamW(groups.values(), betas=(0.9, beta2), fused=True)
+
+
+def wrap(args, model: nn.Module) -> nn.Module:
+    if WORLD_SIZE > 1:
+        model = DistributedDataParallel(
+            model, device_ids=[DEVICE] if DEVICE.type == "cuda" else None)
+    return torch.compile(model) if args.compile else model
 
 
 def set_lr(optimizer, peak: float, epoch: float, epochs: int, warmup: int = 0):
@@ -185,7 +285,7 @@ def set_lr(optimizer, peak: float, epoch: float, epochs: int, warmup: int = 0):
     lr = peak * (epoch / warmup if epoch < warmup else
                  0.5 + 0.5 * math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def my_rows(batch: Tensor) -> slice:
@@ -196,26 +296,36 @@ def my_rows(batch: Tensor) -> slice:
 
 def make_batch(args, data: Data, maps: Tensor | None, ids: Tensor, g: torch.Generator):
     """This process's share of the batch `ids`: cropped images (B, 3, H, H) and a ranking (B, N) of
-    their patches. `maps` (n, h, w) are the weights of all training images; None: at random."""
+    their units. `maps` (n, h, w) are the weights of all training images; None: no update yet."""
     mine = my_rows(ids)
     own = ids[mine]
-    theta = amt.random_crops(len(ids), generator=g)
+    theta = amt.random_crops(len(ids), METHODS[args.method].scale, generator=g)
     images = amt.crop(data.train[own].float(), theta[mine], args.img_size, "bicubic")
-    weights = torch.ones(len(ids), args.num_patches, device=DEVICE)
+    weights = torch.ones(len(ids), args.num_units, device=DEVICE)
+    strategy = args.masking
     if maps is not None:
-        weights[mine] = amt.crop_weights(maps[own], theta[mine], args.img_size, args.patch_size)
-    return data.normalise(images), amt.sample_patches(weights, g)[mine]
+        unit = args.mask_unit * args.patch_size                  # in pixels
+        weights[mine] = amt.crop_weights(maps[own], theta[mine], args.img_size, unit)
+    elif strategy in BY_ATTENTION:
+        strategy = "random"
+    return data.normalise(images), amt.STRATEGIES[strategy](weights, g)[mine]
 
 
 def train_step(args, model: nn.Module, optimizer, images: Tensor, ranking: Tensor,
                ratios: tuple[float, float]) -> Tensor:
-    masked, _, visible = amt.mask_and_throw(ranking, *ratios)
+    masked, _, visible = split(args, ranking, ratios)
     with precision(args):
         loss, _ = model(images, visible, masked)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     return loss.detach()
+
+
+def split(args, ranking: Tensor, ratios: tuple[float, float]) -> list[Tensor]:
+    """The patches masked, thrown and visible, by a ranking of units."""
+    return [amt.expand_units(units, args.img_size // args.patch_size, args.mask_unit)
+            for units in amt.mask_and_throw(ranking, *ratios, args.throw)]
 
 
 def update_maps(args, encoder: amt.ViT, data: Data) -> Tensor:
@@ -245,26 +355,20 @@ def pretrain(args, data: Data) -> amt.ViT:
     start_log(args, run["epoch"])
     started = time.time() - run["seconds"]
 
-    parallel = model
-    if WORLD_SIZE > 1:
-        parallel = DistributedDataParallel(
-            model, device_ids=[DEVICE] if DEVICE.type == "cuda" else None)
-    if args.compile:
-        parallel = torch.compile(parallel)
-
+    parallel = wrap(args, model)
     model.train()
     for epoch in range(run["epoch"], args.epochs):
         epoch_started = time.time()
         update_seconds = 0.0
-        if args.masking == "attention" and epoch and epoch % args.update_interval == 0:
+        if args.masking in BY_ATTENTION and epoch and epoch % args.update_interval == 0:
             run["maps"] = update_maps(args, model.encoder, data)
             shown = data.normalise(data.test[:8].float())
             run["snapshots"].append(amt.masking_weights(model.encoder, shown))
             save_attention(args, data, run["snapshots"])
             update_seconds = time.time() - epoch_started
         ratios = args.mask_ratio, args.throw_ratio
-        if args.masking == "attention" and run["maps"] is None:              # no update yet
-            ratios = RANDOM_RATIOS
+        if args.masking in BY_ATTENTION and run["maps"] is None:             # no update yet
+            ratios = METHODS[args.method].random
 
         g = generator(args.seed, "pretrain", epoch)
         order = torch.randperm(len(data.train), generator=g, device=DEVICE)
@@ -286,12 +390,18 @@ def pretrain(args, data: Data) -> amt.ViT:
         run["update_seconds"] += update_seconds
         loss, lr = losses.mean().item(), optimizer.param_groups[0]["lr"]
         speed = steps * batch / (now - steps_started)
+        accuracy = ""
+        if args.probe_every and (epoch + 1) % args.probe_every == 0:
+            accuracy = f"{linear_probe(args, model.encoder, data, short=True):.2f}"
+            model.train()
+            started += time.time() - now                         # it is not time of pretraining
         log(args, epoch + 1, f"{loss:.5f}", f"{lr:.3e}", f"{speed:.0f}",
-            f"{now - epoch_started:.2f}", f"{update_seconds:.2f}")
+            f"{now - epoch_started:.2f}", f"{update_seconds:.2f}", accuracy)
         left = run["seconds"] / (epoch + 1) * (args.epochs - epoch - 1)
         say(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} images/s"
             f"  {clock(left)} left"
-            + (f"  (new attention maps: {clock(update_seconds)})" if update_seconds else ""))
+            + (f"  (new attention maps: {clock(update_seconds)})" if update_seconds else "")
+            + (f"  short probe {accuracy} %" if accuracy else ""))
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
             save_checkpoint(args, model, optimizer, run)
     if RANK == 0:
@@ -313,58 +423,169 @@ def check_finite(args, losses: Tensor, epoch: int):
 
 
 # ------------------------------------------------------------------------------------------------
-# Linear probe
+# Linear probe and fine-tuning
 
 
-def linear_probe(args, encoder: amt.ViT, data: Data) -> float:
-    """Test accuracy in percent, after the last epoch, of a linear layer on the frozen [CLS]."""
-    encoder.eval()
-    torch.manual_seed(args.seed)
-    classes = int(data.train_labels.max()) + 1
-    head = nn.Sequential(nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6),
-                         nn.Linear(encoder.embed_dim, classes)).to(DEVICE)
-    nn.init.trunc_normal_(head[1].weight, std=0.01)
-    nn.init.zeros_(head[1].bias)
-    lr, batch = args.probe_blr * args.global_batch / 256, args.global_batch
-    optimizer = torch.optim.SGD(head.parameters(), lr=lr, momentum=0.9)
-
-    @torch.no_grad()
-    def cls_features(pixels: Tensor) -> Tensor:
-        with precision(args):
-            return encoder(data.normalise(pixels))[:, 0].float()             # (B, D)
-
-    steps, started = len(data.train) // batch, time.time()
-    for epoch in range(args.probe_epochs):
-        head.train()
-        g = generator(args.seed, "probe", epoch)
-        order = torch.randperm(len(data.train), generator=g, device=DEVICE)
+def train_classifier(args, data: Data, stage: str, epochs: int, warmup: int, model: nn.Module,
+                     optimizer, lr: float, batch_loss: Callable, logits: Callable) -> float:
+    """Test accuracy in percent, after the last epoch, of the `logits(images)` of a model trained by
+    `batch_loss(ids, g)`: the loss on this process's rows of the batch `ids`, with g for draws."""
+    n, batch, started = len(data.train_labels), args.global_batch, time.time()
+    steps = n // batch
+    for epoch in range(epochs):
+        model.train()
+        g = generator(args.seed, stage, epoch)
+        torch.manual_seed(seed_of(args.seed, stage, epoch, RANK))        # mixing and drop path
+        order = torch.randperm(n, generator=g, device=DEVICE)
         losses = torch.zeros(steps, device=DEVICE)
         for step in range(steps):
-            set_lr(optimizer, lr, epoch + step / steps, args.probe_epochs)
-            ids = order[step * batch:(step + 1) * batch]
-            mine, theta = my_rows(ids), amt.random_crops(batch, generator=g)
-            crops = amt.crop(data.train[ids[mine]].float(), theta[mine], args.img_size, "bicubic")
-            # The processes divide the encoder's work and share its features; then each trains the
-            # same head on all of them. BatchNorm sees the whole batch, no gradient is exchanged.
-            features = torch.zeros(batch, encoder.embed_dim, device=DEVICE)
-            features[mine] = cls_features(crops)
-            loss = F.cross_entropy(head(all_sum(features)), data.train_labels[ids])
+            set_lr(optimizer, lr, epoch + step / steps, epochs, warmup)
+            loss = batch_loss(order[step * batch:(step + 1) * batch], g)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses[step] = loss.detach()
-            progress(f"probe epoch {epoch + 1}/{args.probe_epochs}  step {step + 1}/{steps}")
-        left = (time.time() - started) / (epoch + 1) * (args.probe_epochs - epoch - 1)
-        say(f"probe epoch {epoch + 1}/{args.probe_epochs}  loss {losses.mean().item():.4f}"
+            progress(f"{stage} epoch {epoch + 1}/{epochs}  step {step + 1}/{steps}")
+        left = (time.time() - started) / (epoch + 1) * (epochs - epoch - 1)
+        say(f"{stage} epoch {epoch + 1}/{epochs}  loss {losses.mean().item():.4f}"
             f"  {clock(left)} left")
 
-    head.eval()
+    model.eval()
     right = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    for i in range(RANK * args.batch_size, len(data.test), WORLD_SIZE * args.batch_size):
-        batch = slice(i, i + args.batch_size)
-        predicted = head(cls_features(data.test[batch].float())).argmax(dim=1)
-        right += (predicted == data.test_labels[batch]).sum()
+    with torch.no_grad():
+        for i in range(RANK * args.batch_size, len(data.test), WORLD_SIZE * args.batch_size):
+            own = slice(i, i + args.batch_size)
+            predicted = logits(data.normalise(data.test[own].float())).argmax(dim=1)
+            right += (predicted == data.test_labels[own]).sum()
     return 100 * all_sum(right).item() / len(data.test)
+
+
+def random_crops_of(args, data: Data, ids: Tensor, g: torch.Generator) -> Tensor:
+    """Crops (B, 3, H, H), 0 to 255, of this process's rows of the batch `ids`."""
+    mine, theta = my_rows(ids), amt.random_crops(len(ids), generator=g)
+    crops = amt.crop(data.train[ids[mine]].float(), theta[mine], args.img_size, "bicubic")
+    return crops.clamp(0, 255)
+
+
+def linear_probe(args, encoder: amt.ViT, data: Data, short: bool = False) -> float:
+    """Accuracy of a linear layer on the frozen [CLS]; `short`: after a tenth of the epochs."""
+    encoder.eval()
+    torch.manual_seed(args.seed)
+    head = nn.Sequential(nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6),
+                         nn.Linear(encoder.embed_dim, data.classes)).to(DEVICE)
+    nn.init.trunc_normal_(head[1].weight, std=0.01)
+    nn.init.zeros_(head[1].bias)
+    lr = args.probe_blr * args.global_batch / 256
+    optimizer = torch.optim.SGD(head.parameters(), lr=lr, momentum=0.9)
+
+    @torch.no_grad()
+    def cls_features(images: Tensor) -> Tensor:
+        with precision(args):
+            return encoder(images)[:, 0].float()                             # (B, D)
+
+    def batch_loss(ids: Tensor, g: torch.Generator) -> Tensor:
+        # The processes divide the encoder's work and share its features; then each trains the
+        # same head on all of them. BatchNorm sees the whole batch, no gradient is exchanged.
+        features = torch.zeros(len(ids), encoder.embed_dim, device=DEVICE)
+        features[my_rows(ids)] = cls_features(data.normalise(random_crops_of(args, data, ids, g)))
+        return F.cross_entropy(head(all_sum(features)), data.train_labels[ids])
+
+    return train_classifier(args, data, "probe", max(1, args.probe_epochs // 10) if short else
+                            args.probe_epochs, 0, head, optimizer, lr, batch_loss,
+                            lambda images: head(cls_features(images)))
+
+
+class Classifier(nn.Module):
+    """Logits (B, classes) of images: a linear layer on the encoder's [CLS]."""
+
+    def __init__(self, encoder: amt.ViT, classes: int):
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.embed_dim, classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images)[:, 0])
+
+
+def finetune(args, pretrained: amt.ViT, data: Data) -> float:
+    """Accuracy of the whole encoder with a linear layer on [CLS], by the recipe of He et al., 2022;
+    from scratch without their layer-wise decay of the learning rate."""
+    encoder = build_encoder(args, drop_path=0.1)
+    encoder.load_state_dict(pretrained.state_dict())
+    model = Classifier(encoder, data.classes).to(DEVICE)
+    depth, decay = len(encoder.blocks), 1.0 if args.checkpoint == "none" else 0.75
+
+    def lr_scale(name: str) -> float:
+        part, *rest = name.removeprefix("encoder.").split(".")
+        layer = {"cls_token": 0, "patch_embed": 0, "norm": depth + 1, "head": depth + 1}
+        return decay ** (depth + 1 - (int(rest[0]) + 1 if part == "blocks" else layer[part]))
+
+    optimizer = build_optimizer(model, 0.999, lr_scale)
+    parallel = wrap(args, model)
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=data.classes),
+                           v2.CutMix(alpha=1.0, num_classes=data.classes)])
+    rand_augment = v2.RandAugment()
+
+    def logits(images: Tensor) -> Tensor:
+        with precision(args):
+            return parallel(images).float()
+
+    def batch_loss(ids: Tensor, g: torch.Generator) -> Tensor:
+        images = random_crops_of(args, data, ids, g)
+        if args.randaugment:
+            images = torch.stack([rand_augment(image) for image in images.byte()]).float()
+        images, labels = mix(data.normalise(images), data.train_labels[ids[my_rows(ids)]])
+        return F.cross_entropy(logits(images), labels, label_smoothing=0.1)
+
+    lr = args.finetune_blr * args.global_batch / 256
+    epochs = args.finetune_epochs
+    accuracy = train_classifier(args, data, "fine-tuning", epochs, epochs // 20, model, optimizer,
+                                lr, batch_loss, logits)
+    if RANK == 0:
+        state = {name.removeprefix("encoder."): p for name, p in model.state_dict().items()}
+        write_file(args.out_dir / "finetuned.pth", lambda file: torch.save(state, file))
+    return accuracy
+
+
+def load_encoder(args, path: str) -> amt.ViT:
+    """The encoder in a state dict of this script, of timm, or of He et al. ({"model": ...}), with
+    its positions interpolated to this grid; "none": a fresh one."""
+    encoder = build_encoder(args).to(DEVICE)
+    if path == "none":
+        return encoder
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):         # in He et al.'s files
+            saved = torch.load(path, map_location=DEVICE, weights_only=True)
+        saved = saved.get("model", saved)
+        if any(name.startswith("encoder.") for name in saved):               # a checkpoint.pth
+            saved = {name.removeprefix("encoder."): p for name, p in saved.items()
+                     if name.startswith("encoder.")}
+        pos = saved["pos_embed"]                                             # (1, 1+n, D)
+        side = math.isqrt(pos.shape[1] - 1)
+        if side != encoder.grid_size:
+            grid = pos[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            grid = F.interpolate(grid.float(), size=encoder.grid_size, mode="bicubic",
+                                 antialias=True)
+            saved["pos_embed"] = torch.cat([pos[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+    except Exception as error:                                   # torch.load raises many kinds
+        fail(f"--checkpoint {path} cannot be read or holds no state dict of a ViT "
+             f"({reason(error)}): give an encoder.pth or checkpoint.pth of this script, a state "
+             f"dict of timm, or a file of He et al.")
+    own, not_ours = encoder.state_dict(), ("decoder", "mask_token", "head.")
+    saved = {name: p for name, p in saved.items() if not name.startswith(not_ours)}
+    misfits = [f"{name} is {shape_of(saved, name)} in the file and {shape_of(own, name)} here"
+               for name in {**own, **saved} if shape_of(saved, name) != shape_of(own, name)]
+    if misfits:
+        fail(f"--checkpoint {path} does not fit --model {args.model}"
+             f"{f' --depth {args.depth}' if args.depth else ''} --patch-size {args.patch_size}: "
+             f"{'; '.join(misfits)}")
+    encoder.load_state_dict(saved)
+    return encoder
+
+
+def shape_of(state: dict, name: str) -> str:
+    return str(tuple(state[name].shape)) if name in state else "absent"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -386,10 +607,12 @@ def write_file(path: Path, write: Callable):
              f"is unharmed")
 
 
-SETTINGS = ["dataset", "num_images", "model", "depth", "patch_size", "decoder_embed_dim",
-            "decoder_depth", "masking", "mask_ratio", "throw_ratio", "update_interval", "epochs",
-            "warmup_epochs", "global_batch", "blr", "seed", "precision"]     # a run keeps its own
-LOG_COLUMNS = ["epoch", "loss", "lr", "images_per_second", "seconds", "update_seconds"]
+SETTINGS = ["dataset", "num_images", "img_size", "model", "depth", "patch_size", "method",
+            "decoder_embed_dim", "decoder_depth", "masking", "mask_ratio", "throw_ratio", "throw",
+            "mask_unit", "update_interval", "epochs", "warmup_epochs", "global_batch", "blr",
+            "seed", "precision"]                                             # a run keeps its own
+LOG_COLUMNS = ["epoch", "loss", "lr", "images_per_second", "seconds", "update_seconds",
+               "probe_accuracy"]
 
 
 def save_checkpoint(args, model: amt.MAE, optimizer, run: dict):
@@ -411,9 +634,8 @@ def load_checkpoint(args, model: amt.MAE, optimizer) -> dict | None:
         run = torch.load(path, map_location=DEVICE, weights_only=True)
         settings = run.pop("settings")
     except Exception as error:                                   # torch.load raises many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        fail(f"{path} is damaged or not a checkpoint of this script ({reason}): give another "
-             f"--out-dir")
+        fail(f"{path} is damaged or not a checkpoint of this script ({reason(error)}): give "
+             f"another --out-dir")
     differ = [f"{name} {settings.get(name)} (now {getattr(args, name)})"
               for name in SETTINGS if settings.get(name) != getattr(args, name)]
     if differ:
@@ -423,6 +645,10 @@ def load_checkpoint(args, model: amt.MAE, optimizer) -> dict | None:
     optimizer.load_state_dict(run.pop("optimizer"))
     say(f"resuming {path} after epoch {run['epoch']}")
     return run
+
+
+def reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def start_log(args, epochs_done: int):
@@ -485,17 +711,21 @@ def save_attention(args, data: Data, snapshots: list[Tensor]):
 @torch.no_grad()
 def save_masking(args, model: amt.MAE, data: Data, by_attention: bool):
     """masking.png: eight test images, their attention, what is masked (grey) and thrown (black),
-    and the reconstruction, in which each predicted patch gets its own mean and contrast back."""
+    and, where pixels are predicted, the reconstruction; MAE's predictions, which are normalised
+    patch by patch, get each patch's mean and contrast back."""
     p = args.patch_size
     images = data.normalise(data.test[:8].float())
     maps = amt.masking_weights(model.encoder, images)
-    weights = maps.flatten(1) if by_attention else torch.ones_like(maps.flatten(1))
-    ranking = amt.sample_patches(weights, generator(args.seed, "picture"))
-    masked, thrown, visible = amt.mask_and_throw(ranking, args.mask_ratio, args.throw_ratio)
+    weights = amt.patchify(maps[:, None], args.mask_unit).sum(dim=2)         # (8, N)
+    strategy = amt.STRATEGIES[args.masking if by_attention or args.masking not in BY_ATTENTION
+                              else "random"]
+    ranking = strategy(weights, generator(args.seed, "picture"))
+    masked, thrown, visible = split(args, ranking, (args.mask_ratio, args.throw_ratio))
     _, pred = model(images, visible, masked)
 
-    target = torch.take_along_dim(amt.patchify(images, p), masked[:, :, None], dim=1)
-    pred = pred * target.std(dim=2, keepdim=True) + target.mean(dim=2, keepdim=True)
+    if args.method == "mae":
+        target = amt.select(amt.patchify(images, p), masked)
+        pred = pred * target.std(dim=2, keepdim=True) + target.mean(dim=2, keepdim=True)
     std, mean = (x.flatten().repeat(p * p) / 255 for x in (data.std, data.mean))     # (p*p*3)
 
     def paint(patches, ids, colours):
@@ -503,9 +733,11 @@ def save_masking(args, model: amt.MAE, data: Data, by_attention: bool):
 
     patches = paint(amt.patchify(data.test[:8] / 255, p), thrown, 0.0)
     hidden = paint(patches, masked, 0.5)
-    predicted = paint(patches, masked, (pred * std + mean).clamp(0, 1))
-    save_grid([data.test[:8] / 255, heat(maps), amt.unpatchify(hidden, p),
-               amt.unpatchify(predicted, p)], args.out_dir / "masking.png")
+    rows = [data.test[:8] / 255, heat(maps), amt.unpatchify(hidden, p)]
+    if args.method != "maskfeat":
+        predicted = paint(patches, masked, (pred * std + mean).clamp(0, 1))
+        rows.append(amt.unpatchify(predicted, p))
+    save_grid(rows, args.out_dir / "masking.png")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -513,7 +745,7 @@ def save_masking(args, model: amt.MAE, data: Data, by_attention: bool):
 
 
 def benchmark(args):
-    """Prints the time of a step by random masking, AM and AMT, taken in turn, and of an update."""
+    """Prints the time of a step by random masking and AMT, taken in turn, and of an update."""
     g = generator(args.seed, "benchmark")
     size = (args.batch_size, 3, args.img_size, args.img_size)
     images = torch.randint(256, size, generator=g, device=DEVICE).byte()
@@ -526,14 +758,15 @@ def benchmark(args):
     maps = update_maps(args, model.encoder, data)
     ids = torch.arange(args.batch_size, device=DEVICE)
 
-    def step(maps: Tensor | None, mask_ratio: float, throw_ratio: float):
-        batch = make_batch(args, data, maps, ids, g)
-        train_step(args, compiled, optimizer, *batch, (mask_ratio, throw_ratio))
+    def step(maps: Tensor | None, ratios: tuple[float, float]):
+        train_step(args, compiled, optimizer, *make_batch(args, data, maps, ids, g), ratios)
 
-    jobs = {"random 0.75": lambda: step(None, 0.75, 0.0),
-            "AM 0.75": lambda: step(maps, 0.75, 0.0),
-            "AMT 0.45/0.40": lambda: step(maps, 0.45, 0.40),
-            "update": lambda: update_maps(args, model.encoder, data)}
+    method = METHODS[args.method]
+    jobs = {f"random {method.random[0]:.2f}": lambda: step(None, method.random),
+            f"AM {method.random[0]:.2f}": lambda: step(maps, method.random)}
+    for ratios in method.amt:
+        jobs["AMT {:.2f}/{:.2f}".format(*ratios)] = partial(step, maps, ratios)
+    jobs["update"] = lambda: update_maps(args, model.encoder, data)
     times = {name: [] for name in jobs}
     warmup, rounds = 3, 10
     for i in range(warmup + rounds):
@@ -545,14 +778,16 @@ def benchmark(args):
             if i >= warmup:
                 times[name].append(time.perf_counter() - started)
     cuda = DEVICE.type == "cuda"
+    decoder = (f"decoder {args.decoder_embed_dim} wide, {args.decoder_depth} blocks"
+               if args.method == "mae" else f"units of {args.mask_unit}x{args.mask_unit} patches")
     chip = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    say(f"{args.model}, {len(model.encoder.blocks)} blocks; decoder {args.decoder_embed_dim} wide, "
-        f"{args.decoder_depth} blocks; images {args.img_size}, patches {args.patch_size}, batch "
-        f"{args.batch_size}, {args.precision}; {chip}, torch {torch.__version__}; {rounds} rounds")
+    say(f"{args.method}, {args.model}, {len(model.encoder.blocks)} blocks; {decoder}; images "
+        f"{args.img_size}, patches {args.patch_size}, batch {args.batch_size}, {args.precision}; "
+        f"{chip}, torch {torch.__version__}; {rounds} rounds")
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     for name, median in medians.items():
         say(f"{name:14} {1000 * median:8.1f} ms  {args.batch_size / median:8,.0f} images/s  "
-            f"{median / medians['random 0.75']:.2f} of random")
+            f"{median / next(iter(medians.values())):.2f} of random")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -561,11 +796,14 @@ def benchmark(args):
 VITS = {name: getattr(amt, name)
         for name in ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]}
 DEFAULTS = {  # where a data set's are not those of parse_args
+    "cifar10": {},
+    "cifar100": {},
+    "stl10": {"img_size": 96, "patch_size": 8},
+    "tiny-imagenet": {"img_size": 64, "patch_size": 8},
+    "folder": {"img_size": 224, "patch_size": 16},
     "shapes": {"depth": 3, "decoder_embed_dim": 96, "decoder_depth": 1, "epochs": 24,
                "update_interval": 4, "batch_size": 64, "blr": 4e-3, "probe_epochs": 8,
                "probe_blr": 0.5},
-    "cifar10": {},
-    "cifar100": {},
 }
 
 
@@ -587,10 +825,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dataset", choices=DEFAULTS, default="cifar10",
-        help="cifar10 (the default), cifar100, or made: shapes, with smaller defaults of its own")
-    add("--data-path", default="data", metavar="DIR", help="of CIFAR, downloaded if absent (data)")
+        help="cifar10 (the default), cifar100, stl10 (pretrains on the unlabelled images, too), "
+             "tiny-imagenet, folder (train/<class>/... and val/<class>/...), or made: shapes, with "
+             "smaller defaults of its own")
+    add("--data-path", default="data", metavar="DIR",
+        help="of the images; CIFAR and STL-10 are downloaded to it (data)")
     add("--num-images", type=at_least(1), default=2500, metavar="N",
         help="training images of --dataset shapes (2500)")
+    add("--img-size", type=at_least(1), default=32, metavar="PIXELS",
+        help="(32; stl10: 96, tiny-imagenet: 64, folder: 224)")
     add("--out-dir", type=Path, default=Path("out"), metavar="DIR", help="of the run's files (out)")
     add("--resume", action="store_true", help="go on with the run in --out-dir")
     add("--save-every", type=at_least(1), default=10, metavar="EPOCHS", help="(10)")
@@ -598,40 +841,66 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     # the model
     add("--model", choices=VITS, default="vit_tiny", help="the encoder (vit_tiny)")
     add("--depth", type=at_least(1), metavar="BLOCKS", help="of the encoder (the model's own)")
-    add("--patch-size", type=at_least(1), default=4, metavar="PIXELS", help="(4)")
+    add("--patch-size", type=at_least(1), default=4, metavar="PIXELS",
+        help="(4; stl10, tiny-imagenet: 8, folder: 16)")
     add("--decoder-embed-dim", type=at_least(32), default=192, metavar="D",
         help="a multiple of 32: each head has 32 (192)")
     add("--decoder-depth", type=at_least(1), default=4, metavar="BLOCKS", help="(4)")
     # the method
-    add("--masking", choices=["attention", "random"], default="attention",
-        help="what patches are ranked by (attention)")
+    add("--method", choices=METHODS, default="mae",
+        help="mae (the default), simmim, or maskfeat, which is simmim with HOG targets")
+    add("--masking", choices=amt.STRATEGIES, default="attention",
+        help="what patches are ranked by: attention, drawn (the default); random; attmask: the "
+             "highest attention first; mst: the lowest; block; grid")
     add("--mask-ratio", type=float, metavar="R",
-        help="share of patches that are masked (0.45; with --masking random: 0.75)")
+        help="share of patches that are masked (by attention 0.45 with mae, else 0.44; by all "
+             "other strategies 0.75 with mae, 0.60 with simmim, 0.40 with maskfeat)")
     add("--throw-ratio", type=float, metavar="T",
-        help="share of patches that are thrown (0.40; with --masking random: 0)")
+        help="share of patches that are thrown (by attention 0.40 with mae, else 0.26; by all "
+             "other strategies 0)")
+    add("--throw", choices=["middle", "lowest"], default="middle",
+        help="of the ranking is thrown (middle)")
+    add("--mask-unit", type=at_least(1), metavar="PATCHES",
+        help="side of the squares that are masked as one (mae: 1, simmim and maskfeat: 2)")
     add("--update-interval", type=at_least(1), metavar="EPOCHS",
         help="from one update of the attention maps to the next (a tenth of --epochs)")
     # the schedules
-    add("--epochs", type=at_least(1), default=400, metavar="N", help="of pretraining (400)")
+    add("--epochs", type=at_least(0), default=400, metavar="N",
+        help="of pretraining; 0 for --checkpoint (400)")
     add("--warmup-epochs", type=at_least(0), metavar="N", help="(a tenth of --epochs)")
     add("--batch-size", type=at_least(1), default=512, metavar="B", help="per process (512)")
     add("--blr", type=float, default=5e-4, metavar="LR",
         help="learning rate for a batch, of all processes, of 256; it grows with the batch (5e-4)")
-    add("--probe-epochs", type=at_least(0), default=90, metavar="N", help="0: no probe (90)")
+    add("--checkpoint", metavar="FILE",
+        help="with --epochs 0: the encoder to probe or to fine-tune, from this script, timm or "
+             "MAE's authors; none: an untrained one")
+    add("--probe-epochs", type=at_least(0), default=90, metavar="N",
+        help="0: no linear probe (90; with --checkpoint none: 0)")
     add("--probe-blr", type=float, default=0.1, metavar="LR", help="as --blr, of the probe (0.1)")
+    add("--probe-every", type=at_least(1), metavar="EPOCHS",
+        help="of pretraining: probe for a tenth of --probe-epochs; the accuracy goes to log.csv")
+    add("--finetune-epochs", type=at_least(0), default=0, metavar="N", help="0: none (0)")
+    add("--finetune-blr", type=float, default=1e-3, metavar="LR",
+        help="as --blr, of fine-tuning; each layer has 0.75 of the next one's (1e-3)")
+    add("--randaugment", action="store_true",
+        help="fine-tune with RandAugment after crop and flip (not without)")
     # the machine
     add("--precision", choices=["bf16", "fp32"],
         help="bf16 autocast (the default on GPUs that have it) or fp32")
     add("--compile", action="store_true", help="use torch.compile")
     add("--benchmark", action="store_true", help="only time training steps, on random images")
 
-    parser.set_defaults(**DEFAULTS[parser.parse_known_args(argv)[0].dataset])
+    first = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**DEFAULTS[first.dataset])
+    if first.checkpoint == "none":
+        parser.set_defaults(probe_epochs=0)
     args = parser.parse_args(argv)
-    args.img_size = 32
     args.global_batch = args.batch_size * WORLD_SIZE
-    mask_ratio, throw_ratio = RANDOM_RATIOS if args.masking == "random" else (0.45, 0.40)
+    method = METHODS[args.method]
+    mask_ratio, throw_ratio = method.amt[0] if args.masking == "attention" else method.random
     args.mask_ratio = mask_ratio if args.mask_ratio is None else args.mask_ratio
     args.throw_ratio = throw_ratio if args.throw_ratio is None else args.throw_ratio
+    args.mask_unit = args.mask_unit or method.mask_unit
     args.update_interval = args.update_interval or max(1, round(args.epochs / 10))
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs // 10
@@ -641,18 +910,29 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.img_size % args.patch_size:
         fail(f"--patch-size {args.patch_size} does not divide the image size {args.img_size}: "
              f"give one that does")
-    args.num_patches = (args.img_size // args.patch_size) ** 2
+    grid = args.img_size // args.patch_size
+    if grid % args.mask_unit:
+        fail(f"--mask-unit {args.mask_unit} does not divide the grid of {grid}x{grid} patches: "
+             f"give one that does")
+    if args.method == "maskfeat" and args.patch_size % 2:
+        fail(f"--patch-size {args.patch_size} is odd, and a cell of --method maskfeat is half a "
+             f"patch: give an even one")
+    args.num_units = (grid // args.mask_unit) ** 2
     if args.decoder_embed_dim % 32:
         fail(f"--decoder-embed-dim {args.decoder_embed_dim} is not a multiple of 32: give one")
-    for flag, value in [("--blr", args.blr), ("--probe-blr", args.probe_blr)]:
+    for flag, value in [("--blr", args.blr), ("--probe-blr", args.probe_blr),
+                        ("--finetune-blr", args.finetune_blr)]:
         if not 0 < value < math.inf:
             fail(f"{flag} {value} is not a learning rate: give a number above 0")
-    if args.warmup_epochs >= args.epochs:
+    if bool(args.epochs) == bool(args.checkpoint):
+        fail(f"--epochs {args.epochs} and --checkpoint {args.checkpoint}: give --epochs 0 with a "
+             f"--checkpoint, FILE or none, and no other --epochs with one")
+    if args.warmup_epochs >= max(args.epochs, 1):
         fail(f"--warmup-epochs {args.warmup_epochs} is not less than --epochs {args.epochs}: "
              f"give fewer")
     try:
-        for ratios in [RANDOM_RATIOS, (args.mask_ratio, args.throw_ratio)]:
-            amt.mask_and_throw(torch.empty(1, args.num_patches), *ratios)
+        for ratios in [method.random, (args.mask_ratio, args.throw_ratio)]:
+            amt.mask_and_throw(torch.empty(1, args.num_units), *ratios)
     except ValueError as error:
         fail(f"{error} (see --mask-ratio, --throw-ratio, --patch-size)")
     if DEVICE.type == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
@@ -660,9 +940,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
              f"give torchrun a smaller --nproc_per_node")
     if args.benchmark and WORLD_SIZE > 1:
         fail("--benchmark times a single process: start it without torchrun")
-    if (args.out_dir / "checkpoint.pth").exists() and not (args.resume or args.benchmark):
+    if (args.out_dir / "checkpoint.pth").exists() and not (
+            args.resume or args.benchmark or args.checkpoint):
         fail(f"{args.out_dir} holds the checkpoint of a run: go on with it by --resume, or give "
              f"another --out-dir")
+    if (args.out_dir / "finetuned.pth").exists() and args.finetune_epochs and not args.resume:
+        fail(f"{args.out_dir} holds a finetuned.pth, which --finetune-epochs would write over: "
+             f"give another --out-dir")
     return args
 
 
@@ -678,9 +962,9 @@ def main(argv: list[str] | None = None):
 
     started = time.time()
     data = load_data(args)
-    if args.global_batch > len(data.train):
-        fail(f"a batch of {args.global_batch} is more than the {len(data.train)} training images: "
-             f"give a smaller --batch-size")
+    if args.global_batch > len(data.train_labels):
+        fail(f"a batch of {args.global_batch} is more than the {len(data.train_labels)} training "
+             f"images with labels: give a smaller --batch-size")
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -688,14 +972,16 @@ def main(argv: list[str] | None = None):
     say(f"{args.dataset}: {len(data.train)} training and {len(data.test)} test images; "
         f"{args.model} on {DEVICE}, {args.precision}, batch {args.global_batch} over {WORLD_SIZE} "
         f"process{'es' * (WORLD_SIZE > 1)}")
-    encoder = pretrain(args, data)
-    if args.probe_epochs:
-        accuracy = linear_probe(args, encoder, data)
-        say(f"linear probe: {accuracy:.2f} % of {len(data.test)} test images right after epoch "
-            f"{args.probe_epochs}, the last")
-    say(f"done in {clock(time.time() - started)}; in {args.out_dir}: checkpoint.pth, encoder.pth, "
-        f"log.csv, masking.png"
-        + (", attention.png" if (args.out_dir / "attention.png").exists() else ""))
+    encoder = load_encoder(args, args.checkpoint) if args.checkpoint else pretrain(args, data)
+    for stage, function, epochs in [("linear probe", linear_probe, args.probe_epochs),
+                                    ("fine-tuning", finetune, args.finetune_epochs)]:
+        if epochs:
+            say(f"{stage}: {function(args, encoder, data):.2f} % of {len(data.test)} test images "
+                f"right after epoch {epochs}, the last")
+    files = ["checkpoint.pth", "encoder.pth", "log.csv", "masking.png", "attention.png",
+             "finetuned.pth"]
+    files = [name for name in files if (args.out_dir / name).exists()]
+    say(f"done in {clock(time.time() - started)}; in {args.out_dir}: {', '.join(files)}")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 
