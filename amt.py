@@ -578,7 +578,7 @@ def block_wise(weights: Tensor, generator: torch.Generator | None = None) -> Ten
     """Rectangle by rectangle of a square grid: Bao et al., 2022 (BEiT).
 
     A rectangle has 0.08 to 0.4 of the patches (BEiT: 16 to 75 of 196) and an aspect between 0.3 and
-    1 / 0.3. Its patches are in order from its centre outwards, so that cut short it is still one.
+    1 / 0.3. Its patches are ranked from its centre outwards: cut short, it is still in one piece.
     """
     B, N = weights.shape
     h, device, n_blocks = math.isqrt(N), weights.device, 64      # enough to leave at most corners
@@ -593,10 +593,10 @@ def block_wise(weights: Tensor, generator: torch.Generator | None = None) -> Ten
     place = torch.arange(N, device=device)
     place = torch.stack([place // h, place % h])[:, None, None] + 0.5        # (2, 1, 1, N)
     off = (place - (start + sides / 2)[..., None]).abs() / sides[..., None]  # (2, B, n_blocks, N)
-    off = off.amax(dim=0)                                                    # 0.5 at the edges
-    number = torch.arange(n_blocks, device=device)[:, None]
-    first = torch.where(off < 0.5, number + off, n_blocks + rand(B, 1, N)).amin(dim=1)
-    return first.argsort(dim=1)                          # by the first rectangle a patch is in
+    inside, number = (off < 0.5).all(dim=0), torch.arange(n_blocks, device=device)[:, None]
+    rank = number + (off ** 2).sum(dim=0)                # the second term is less than 1
+    rank = torch.where(inside, rank, n_blocks + rand(B, 1, N)).amin(dim=1)   # (B, N)
+    return rank.argsort(dim=1, stable=True)
 
 
 STRATEGIES = {"attention": sample_patches, "random": random_ranking, "attmask": highest_first,

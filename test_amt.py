@@ -1,5 +1,6 @@
 """Tests of amt.py and train_cifar.py:  python -m pytest -q"""
 
+import argparse
 import csv
 import itertools
 import math
@@ -53,6 +54,17 @@ def unsettle(module):
 def tiny_mae(**kwargs):
     mae = amt.MAE(tiny_vit(), decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, **kwargs)
     return unsettle(mae)
+
+
+def tiny_simmim(target="pixels"):
+    return unsettle(amt.SimMIM(tiny_vit(), target))
+
+
+MODELS = {
+    "mae": tiny_mae,
+    "simmim": tiny_simmim,
+    "maskfeat": lambda: tiny_simmim("hog"),
+}
 
 
 def split(n, n_masked=5, n_thrown=0, N=16):
@@ -114,6 +126,12 @@ def test_shapes_that_do_not_fit_are_named():
         amt.masking_weights(Stub(torch.rand(1, 2, 17)), random_images(1))
     with pytest.raises(ValueError, match="decoder_num_heads 3.*decoder_embed_dim 16"):
         amt.MAE(tiny_vit(), decoder_embed_dim=16, decoder_num_heads=3)
+    with pytest.raises(ValueError, match='"edges".*"pixels" or "hog"'):
+        amt.SimMIM(tiny_vit(), "edges")
+    with pytest.raises(ValueError, match="patch size 5 is odd"):
+        amt.hog(torch.zeros(1, 3, 10, 10), 5)
+    with pytest.raises(ValueError, match="3x3 patches do not fill a grid of 8x8"):
+        amt.expand_units(torch.zeros(1, 4, dtype=torch.int64), 8, 3)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -556,8 +574,30 @@ def test_ratios_that_leave_nothing_are_refused(ratios, message):
         amt.mask_and_throw(torch.zeros(1, 64), *ratios)
 
 
+@pytest.mark.parametrize("grid_size, unit", [(8, 2), (6, 3), (4, 1)])
+def test_units_are_squares_of_patches_counted_in_rows(grid_size, unit):
+    side = grid_size // unit
+    ids = torch.rand(3, side * side, generator=rng()).argsort(dim=1)[:, :3]
+    patches = amt.expand_units(ids, grid_size, unit)
+    assert patches.shape == (3, 3 * unit * unit) and patches.dtype == torch.int64
+    for b, k in itertools.product(range(3), range(3)):
+        row, column = divmod(ids[b, k].item(), side)
+        rows = range(row * unit, (row + 1) * unit)
+        columns = range(column * unit, (column + 1) * unit)
+        expected = {i * grid_size + j for i, j in itertools.product(rows, columns)}
+        assert set(patches[b].unflatten(0, (3, -1))[k].tolist()) == expected
+
+
+def test_weights_of_units_are_the_sums_of_their_patches():
+    maps, theta = torch.rand(3, 4, 4, generator=rng()), amt.random_crops(3, generator=rng())
+    units = amt.crop_weights(maps, theta, 32, 8)
+    patches = amt.crop_weights(maps, theta, 32, 4)
+    ids = amt.expand_units(torch.arange(16).expand(3, -1), 8, 2)
+    torch.testing.assert_close(units, patches.gather(1, ids).unflatten(1, (16, 4)).sum(dim=2))
+
+
 # ------------------------------------------------------------------------------------------------
-# 7. Masked autoencoder
+# 7. Models: MAE, SimMIM, MaskFeat
 
 
 def literal_mae(mae, images, visible, masked, norm_pix_loss):
@@ -621,8 +661,9 @@ def loss_pred_grads(mae, images, visible, masked):
     )
 
 
-def test_thrown_pixels_change_nothing():
-    mae, images = tiny_mae(), random_images(2)
+@pytest.mark.parametrize("model", ["mae", "simmim"])
+def test_thrown_pixels_change_nothing(model):
+    mae, images = MODELS[model](), random_images(2)
     masked, thrown, visible = split(2, n_thrown=6)
     before, after = (
         loss_pred_grads(mae, x, visible, masked) for x in (images, repaint(images, thrown))
@@ -631,8 +672,9 @@ def test_thrown_pixels_change_nothing():
     assert all(map(torch.equal, before[2], after[2])) and all(g.any() for g in before[2])
 
 
-def test_masked_pixels_change_the_targets_alone():
-    mae, images = tiny_mae(), random_images(2)
+@pytest.mark.parametrize("model", ["mae", "simmim"])
+def test_masked_pixels_change_the_targets_alone(model):
+    mae, images = MODELS[model](), random_images(2)
     masked, _, visible = split(2, n_thrown=6)
     other = repaint(images, masked)
     (loss, pred), (other_loss, other_pred) = (
@@ -641,17 +683,203 @@ def test_masked_pixels_change_the_targets_alone():
     )
     assert torch.equal(pred, other_pred) and loss != other_loss
     target = torch.take_along_dim(amt.patchify(other, 4), masked[:, :, None], dim=1)
-    torch.testing.assert_close(other_loss, ((pred - target) ** 2).mean())
+    off = pred - target
+    torch.testing.assert_close(other_loss, (off**2 if model == "mae" else off.abs()).mean())
     assert not torch.equal(pred, mae(repaint(images, visible), visible, masked)[1])
 
 
-def test_the_order_of_the_index_sets_does_not_matter():
-    mae, images = tiny_mae(), random_images(2)
+@pytest.mark.parametrize("model", MODELS)
+def test_the_order_of_the_index_sets_does_not_matter(model):
+    mae, images = MODELS[model](), random_images(2)
     masked, _, visible = split(2, n_thrown=6)
     loss, pred = mae(images, visible, masked)
     other_loss, other_pred = mae(images, visible.flip(1), masked.flip(1))
     torch.testing.assert_close(loss, other_loss)
     torch.testing.assert_close(pred, other_pred.flip(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["pixels", "hog"])
+@pytest.mark.parametrize("n_thrown", [0, 6])
+def test_simmim_is_the_literal_one(target, n_thrown):
+    """As published: all patches are embedded, the masked ones replaced by the mask token, positions
+    added; here thrown tokens are then taken out. In PyTorch's own layers, an image at a time."""
+    simmim, images = tiny_simmim(target), random_images(3)
+    vit, (masked, _, visible) = simmim.encoder, split(3, n_thrown=n_thrown)
+    loss, pred = simmim(images, visible, masked)
+    described = amt.patchify(images, 4) if target == "pixels" else amt.hog(images, 4)
+    x, layers = torch_vit(vit, images)
+    errors = []
+    for i in range(3):
+        tokens = x[i].clone()
+        for place in masked[i]:
+            tokens[1 + place] = simmim.mask_token[0, 0] + vit.pos_embed[0, 1 + place]
+        stays = sorted([*visible[i].tolist(), *masked[i].tolist()])
+        tokens = tokens[[0] + [1 + place for place in stays]][None]
+        for layer in layers:
+            tokens = layer(tokens)
+        tokens = F.layer_norm(tokens, (24,), vit.norm.weight, vit.norm.bias, 1e-6)[0, 1:]
+        expected = simmim.head(tokens[[stays.index(place) for place in masked[i].tolist()]])
+        torch.testing.assert_close(pred[i], expected, rtol=1e-4, atol=1e-5)
+        off = expected - described[i, masked[i]]
+        errors.append((off.abs() if target == "pixels" else off**2).mean())
+    torch.testing.assert_close(loss, torch.stack(errors).mean())
+    assert [p for p in simmim.parameters() if not p.requires_grad] == [vit.pos_embed]
+    grads = loss_pred_grads(simmim, images, visible, masked)[2]
+    assert all(g.any() for g in grads)
+
+
+def test_simmim_starts_from_its_encoder_as_it_is():
+    vit = tiny_vit()
+    before = {name: p.clone() for name, p in vit.state_dict().items()}
+    simmim = amt.SimMIM(vit)
+    assert simmim.encoder is vit and simmim.head.out_features == 48
+    assert_same(dict(vit.state_dict()), before)
+    assert set(simmim.state_dict()) - {f"encoder.{name}" for name in before} == {
+        "mask_token",
+        "head.weight",
+        "head.bias",
+    }
+
+
+def literal_hog(image, cell, bins=9):
+    """Histograms (C, cells, cells, bins) of an image (C, H, H), a pixel at a time."""
+    C, H, _ = image.shape
+    votes = np.zeros((C, H // cell, H // cell, bins))
+    for c, y, x in itertools.product(range(C), range(H), range(H)):
+        dy = image[c, y + 1, x] - image[c, y - 1, x] if 0 < y < H - 1 else 0.0
+        dx = image[c, y, x + 1] - image[c, y, x - 1] if 0 < x < H - 1 else 0.0
+        degrees = math.degrees(math.atan2(dy, dx)) % 180
+        votes[c, y // cell, x // cell, int(degrees // (180 / bins))] += math.hypot(dy, dx)
+    length = np.sqrt((votes**2).sum(axis=3, keepdims=True))
+    return votes / np.maximum(length, 1e-12)
+
+
+def cells_of(histograms, patch_grid, channels, bins=9):
+    """Our (N, 4 C bins) of an image as (C, 2h, 2w, bins)."""
+    x = histograms.reshape(patch_grid, patch_grid, 2, 2, channels, bins)
+    return x.permute(4, 0, 2, 1, 3, 5).reshape(channels, 2 * patch_grid, 2 * patch_grid, bins)
+
+
+@pytest.mark.parametrize("patch_size, bins", [(4, 9), (8, 6)])
+def test_hog_is_the_literal_one(patch_size, bins):
+    images = random_images(2).double()
+    images[1, :, :8] = 0.5  # no gradient there: no votes
+    histograms = amt.hog(images, patch_size, bins)
+    h = 16 // patch_size
+    assert histograms.shape == (2, h * h, 4 * 3 * bins)
+    for image, ours in zip(images, histograms):
+        expected = literal_hog(image.numpy(), patch_size // 2, bins)
+        np.testing.assert_allclose(cells_of(ours, h, 3, bins), expected, atol=1e-9)
+
+
+def test_hog_bins_of_known_edges():
+    ramp = torch.arange(16.0).expand(16, 16)
+    for image, bin in [(ramp, 0), (ramp.T, 4), (ramp + ramp.T, 2), (ramp - ramp.T, 6)]:
+        cells = cells_of(amt.hog(image[None, None], 8)[0], 2, 1)[0, 1:3, 1:3]  # of degrees 0, 90...
+        assert (cells.argmax(dim=2) == bin).all()
+    up_side_down = amt.hog(-ramp[None, None], 8)  # unsigned
+    torch.testing.assert_close(up_side_down, amt.hog(ramp[None, None], 8))
+
+
+def test_hog_is_scikit_images():
+    feature = pytest.importorskip("skimage.feature")
+    image = 255 * torch.rand(1, 1, 32, 32, generator=rng(), dtype=torch.float64)
+    theirs = feature.hog(
+        image[0, 0].numpy(), 9, (4, 4), (1, 1), block_norm="L2", feature_vector=False
+    )[:, :, 0, 0]
+    ours = cells_of(amt.hog(image, 8)[0], 4, 1)[0]
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)  # theirs adds 1e-5 to the norm
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Other strategies
+
+
+@pytest.mark.parametrize("N", [16, 49, 64, 196])
+@pytest.mark.parametrize("strategy", amt.STRATEGIES)
+def test_every_strategy_gives_rankings(strategy, N):
+    rank, weights = amt.STRATEGIES[strategy], torch.rand(6, N, generator=rng())
+    ranking = rank(weights, rng(1))
+    assert ranking.dtype == torch.int64
+    assert torch.equal(ranking.sort(dim=1).values, torch.arange(N).expand(6, N))
+    assert torch.equal(ranking, rank(weights, rng(1)))
+    assert torch.equal(ranking, rank(weights, rng(2))) == (strategy in ("attmask", "mst"))
+    assert len(ranking.unique(dim=0)) == 6  # each image its own
+    masked, thrown, visible = amt.mask_and_throw(ranking, 0.45, 0.40)
+    counts = {16: (7, 6, 3), 49: (22, 20, 7), 64: (29, 26, 9), 196: (88, 78, 30)}[N]
+    assert (masked.shape[1], thrown.shape[1], visible.shape[1]) == counts
+
+
+def test_attmask_and_mst_are_exact_orders():
+    weights = torch.tensor([[0.2, 0.9, 0.0, 0.5], [3.0, 1.0, 2.0, 0.1]])
+    assert amt.highest_first(weights).tolist() == [[1, 3, 0, 2], [0, 2, 1, 3]]
+    assert amt.lowest_first(weights).tolist() == [[2, 0, 3, 1], [3, 1, 2, 0]]
+
+
+def test_random_ranking_is_uniform_whatever_the_weights():
+    weights = torch.tensor([100.0, 1.0, 0.0, 5.0]).expand(60000, 4)
+    assert chi_square(amt.random_ranking(weights, rng()), lambda _: 1 / 24) < 49.7
+
+
+@pytest.mark.parametrize("h", [4, 8, 14])
+def test_grid_wise_masking_is_regular(h):
+    ranking = amt.grid_wise(torch.ones(50, h * h), rng())
+    row, column = ranking // h, ranking % h
+    last = slice(3 * h * h // 4, None)
+    assert (row[:, last] % 2 == 1).all() and (column[:, last] % 2 == 0).all()
+    assert ((row + column)[:, : h * h // 2] % 2 == 0).all()  # half of it is a checkerboard
+    assert len(ranking[:, 0].unique()) > 3  # of those alike, any may come first
+
+
+def components(masked, h):
+    """The sizes of the connected parts of a set of patches."""
+    left, sizes = set(masked), []
+    while left:
+        edge, size = [left.pop()], 0
+        while edge:
+            i = edge.pop()
+            size += 1
+            beside = {i - h, i + h, *([i - 1] if i % h else []), *([i + 1] if (i + 1) % h else [])}
+            edge += beside & left
+            left -= beside
+        sizes.append(size)
+    return sorted(sizes)
+
+
+@pytest.mark.parametrize("h", [8, 14])
+@pytest.mark.parametrize("ratio", [0.4, 0.75])
+def test_block_wise_masking_covers_the_ratio_with_connected_blocks(h, ratio):
+    N = h * h
+    ranking = amt.block_wise(torch.ones(200, N), rng())
+    masked = amt.mask_and_throw(ranking, ratio)[0]
+    assert masked.shape == (200, round(N * ratio))
+    for row in masked.tolist():
+        _, *whole = components(row, h)  # the smallest may be cut short by the ratio
+        assert len(whole) <= 5 and all(size > 0.05 * N for size in whole)
+    assert (torch.bincount(masked.flatten(), minlength=N) > 0).all()
+
+
+def test_a_block_is_a_rectangle_of_the_papers_size_and_shape():
+    h, N = 14, 196
+    sizes, aspects, tops, lefts = [], [], [], []
+    for ranking in amt.block_wise(torch.ones(500, N), rng()):
+        row, column = ranking // h, ranking % h
+        # The first rectangle: the longest beginning of the ranking that is one, and no cut one.
+        height, width = (
+            x.cummax(0).values - x.neg().cummax(0).values.neg() + 1 for x in (row, column)
+        )
+        full = ((height * width == torch.arange(1, N + 1)) & (height * width <= 90)).nonzero()
+        end = full[-1].item()
+        sizes.append(end + 1)
+        aspects.append((height[end] / width[end]).item())
+        tops.append(row[: end + 1].min().item())
+        lefts.append(column[: end + 1].min().item())
+    assert min(sizes) >= 12 and sorted(sizes)[250] == pytest.approx(47, abs=6) and max(sizes) >= 75
+    assert min(aspects) == pytest.approx(0.3, abs=0.1) and max(aspects) == pytest.approx(
+        1 / 0.3, abs=1
+    )
+    assert sorted(aspects)[250] == pytest.approx(1, abs=0.15)
+    assert {0, 1, 2, 3, 4, 5} <= set(tops) and {0, 1, 2, 3, 4, 5} <= set(lefts)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -777,6 +1005,74 @@ def test_run_writes_its_files(finished):
     assert (patches == 0).all(dim=1).sum() == 26 and ((patches - 127.5).abs() < 1).all(
         dim=1
     ).sum() == 29
+
+
+@pytest.mark.parametrize(
+    "method, random, amt_ratios, targets, rows",
+    [
+        ("simmim", (0.60, 0.0), (0.44, 0.26), 48, 4),
+        ("maskfeat", (0.40, 0.0), (0.44, 0.26), 108, 3),
+    ],
+)
+def test_simmim_and_maskfeat_from_the_command_line(
+    method, random, amt_ratios, targets, rows, tmp_path, monkeypatch
+):
+    steps = record(monkeypatch)
+    flags = ["--method", method, "--epochs", "3", "--update-interval", "1"]
+    checkpoint = run(tmp_path, *flags)
+    assert [step["ratios"] for step in steps] == 2 * [random] + 4 * [amt_ratios]
+    assert all(step["ranking"].shape == (32, 16) for step in steps)  # of units of 2x2 patches
+    assert checkpoint["model"]["head.weight"].shape == (targets, 192)
+    args = train_cifar.parse_args([*SMALL, *flags, "--masking", "random"])
+    assert (args.mask_ratio, args.throw_ratio, args.mask_unit) == (*random, 2)
+    encoder = amt.vit_tiny(img_size=32, patch_size=4, depth=1)  # the same as MAE's
+    encoder.load_state_dict(torch.load(tmp_path / "encoder.pth", weights_only=True))
+    picture = np.array(Image.open(tmp_path / "masking.png"))
+    assert picture.shape == (rows * 132 + 4, 8 * 132 + 4, 3)  # HOG cannot be seen
+
+
+def test_units_are_masked_thrown_and_seen_as_a_whole():
+    args, _ = small("--method", "simmim")
+    ranking = torch.rand(3, 16, generator=rng()).argsort(dim=1)
+    sets = train_cifar.split(args, ranking, (0.44, 0.26))
+    assert [ids.shape[1] for ids in sets] == [4 * 7, 4 * 4, 4 * 5]
+    units = torch.cat([ids // 8 // 2 * 4 + ids % 8 // 2 for ids in sets], dim=1)
+    assert torch.equal(units, ranking.repeat_interleave(4, dim=1))
+    args.throw = "lowest"
+    _, thrown, _ = train_cifar.split(args, ranking, (0.44, 0.26))
+    assert torch.equal(thrown // 8 // 2 * 4 + thrown % 8 // 2, units[:, -16:])
+
+
+@pytest.mark.parametrize("method, unit", [("mae", 4), ("simmim", 8)])
+@pytest.mark.parametrize("strategy", amt.STRATEGIES)
+def test_each_strategy_ranks_by_the_maps_or_without(strategy, method, unit):
+    args, data = small("--masking", strategy, "--method", method)
+    scale = {"mae": (0.2, 1.0), "simmim": (0.67, 1.0)}[method]
+    maps, ids = torch.rand(70, 8, 8, generator=rng()), torch.arange(32)
+    theta = amt.random_crops(32, scale, generator=rng())
+    weights = amt.crop_weights(maps[:32], theta, 32, unit)
+    g = rng()
+    amt.random_crops(32, generator=g)
+    expected = amt.STRATEGIES[strategy](weights, g)
+    assert torch.equal(train_cifar.make_batch(args, data, maps, ids, rng())[1], expected)
+    # Before the first update, those by attention are at random.
+    g = rng()
+    amt.random_crops(32, generator=g)
+    first = strategy if strategy in ("block", "grid") else "random"
+    expected = amt.STRATEGIES[first](torch.ones_like(weights), g)
+    assert torch.equal(train_cifar.make_batch(args, data, None, ids, rng())[1], expected)
+
+
+@pytest.mark.parametrize("strategy", ["attmask", "mst", "block", "grid"])
+def test_updates_are_for_the_strategies_by_attention(strategy, tmp_path, monkeypatch):
+    steps = record(monkeypatch)
+    flags = ["--epochs", "3", "--mask-ratio", "0.5", "--throw-ratio", "0.25", "--throw", "lowest"]
+    checkpoint = run(tmp_path, "--masking", strategy, *flags, "--probe-epochs", "0")
+    by_attention = strategy in ("attmask", "mst")
+    assert (checkpoint["maps"] is None) != by_attention
+    first = (0.75, 0.0) if by_attention else (0.5, 0.25)
+    assert [step["ratios"] for step in steps] == 4 * [first] + 2 * [(0.5, 0.25)]
+    assert checkpoint["settings"]["throw"] == "lowest"
 
 
 def record(monkeypatch):
@@ -920,7 +1216,8 @@ def test_epochs_and_stages_draw_differently():
 def test_weight_decay_is_for_matrices():
     args = train_cifar.parse_args(SMALL)
     model = train_cifar.build_model(args)
-    decayed, others = train_cifar.build_optimizer(model).param_groups
+    groups = train_cifar.build_optimizer(model).param_groups
+    others, decayed = sorted(groups, key=lambda group: group["weight_decay"])
     assert (decayed["weight_decay"], others["weight_decay"], decayed["betas"]) == (
         0.05,
         0.0,
@@ -953,12 +1250,7 @@ class ColourEncoder(nn.Module):
 
 def test_probe_trains_a_linear_layer_alone_and_counts_each_test_image():
     args, _ = small("--batch-size", "16", "--probe-epochs", "10", "--probe-blr", "8")
-    labels = torch.arange(200) % 4
-    colours = torch.tensor(
-        [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]], dtype=torch.uint8
-    )
-    ramp = torch.linspace(0.5, 1, 32)  # darker on the left
-    images = (colours[labels][:, :, None, None] * ramp).expand(-1, -1, 32, -1).byte()
+    images, labels = colours(200)
     one_class, test_labels = images[0:1].expand(37, -1, -1, -1), torch.zeros(37, dtype=torch.int64)
     test_labels[36] = 1  # labelled wrongly: 36 of 37 are right
     mean, std = torch.full((3, 1, 1), 127.0), torch.full((3, 1, 1), 100.0)
@@ -972,6 +1264,334 @@ def test_probe_trains_a_linear_layer_alone_and_counts_each_test_image():
     rise = (train[:, :, :, -1] - train[:, :, :, 0]).sum(dim=(1, 2))
     assert (rise > 0).float().mean().item() == pytest.approx(0.5, abs=0.05)  # flips
     assert rise.abs().std() > 0.1 * rise.abs().mean()  # and crops
+
+
+def colours(n):
+    """n images in four colours, darker on the left, and the colours as labels."""
+    labels = torch.arange(n) % 4
+    colour = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
+    colour = torch.tensor(colour, dtype=torch.uint8)[labels][:, :, None, None]
+    return (colour * torch.linspace(0.5, 1, 32)).expand(-1, -1, 32, -1).byte(), labels
+
+
+def test_short_probes_go_to_the_log_and_change_nothing(finished, tmp_path):
+    checkpoint = run(tmp_path, "--probe-every", "2")
+    assert_same(trained(checkpoint), trained(finished[1]))
+    with open(tmp_path / "log.csv", newline="") as file:
+        accuracies = [row["probe_accuracy"] for row in csv.DictReader(file)]
+    assert accuracies[::2] == ["", "", ""] and all(0 <= float(x) <= 100 for x in accuracies[1::2])
+
+
+def finetuned(monkeypatch, *flags, n=64, test=None):
+    """Fine-tunes on colours; the pretrained encoder, accuracy, optimizer and model."""
+    args = train_cifar.parse_args([*SMALL, "--depth", "2", "--finetune-epochs", "1", *flags])
+    mean, std = torch.full((3, 1, 1), 127.0), torch.full((3, 1, 1), 100.0)
+    data = train_cifar.Data(*colours(n), *(test or colours(37)), mean, std)
+    built, build_optimizer = [], train_cifar.build_optimizer
+
+    def building(model, *args):
+        built[:] = model, build_optimizer(model, *args)
+        return built[1]
+
+    monkeypatch.setattr(train_cifar, "build_optimizer", building)
+    pretrained = unsettle(amt.vit_tiny(img_size=32, patch_size=4, depth=2))
+    before = {name: p.clone() for name, p in pretrained.state_dict().items()}
+    args.out_dir.mkdir(exist_ok=True)
+    accuracy = train_cifar.finetune(args, pretrained, data)
+    assert_same(dict(pretrained.state_dict()), before)
+    model, optimizer = built
+    return pretrained, accuracy, optimizer, model
+
+
+def test_finetuning_starts_from_the_encoder_and_saves_with_timms_names(tmp_path, monkeypatch):
+    pretrained, _, _, model = finetuned(
+        monkeypatch, "--finetune-blr", "1e-12", "--out-dir", str(tmp_path)
+    )
+    saved = torch.load(tmp_path / "finetuned.pth", weights_only=True)
+    assert saved.pop("head.weight").shape == (4, 192) and saved.pop("head.bias").shape == (4,)
+    assert_same(dict(saved), dict(pretrained.state_dict()), rtol=0, atol=1e-8)
+    assert [block.drop_path for block in model.encoder.blocks] == [0, 0.1]
+
+
+@pytest.mark.parametrize("checkpoint, decay", [([], 0.75), (["none", "--epochs", "0"], 1.0)])
+def test_finetuning_decays_the_rate_from_layer_to_layer(checkpoint, decay, tmp_path, monkeypatch):
+    flags = ["--checkpoint", *checkpoint] if checkpoint else []
+    optimizer, model = finetuned(monkeypatch, *flags, "--out-dir", str(tmp_path))[2:]
+    scale = {p: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    layers = {"encoder.cls_token": 0, "encoder.patch_embed": 0, "encoder.blocks.0": 1}
+    layers |= {"encoder.blocks.1": 2, "encoder.norm": 3, "head": 3}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (layer,) = [
+                layer
+                for prefix, layer in layers.items()
+                if name.startswith(prefix + ".") or name == prefix
+            ]
+            assert scale[p] == pytest.approx(decay ** (3 - layer))
+    lrs = {group["lr"] / group["lr_scale"] for group in optimizer.param_groups}
+    assert max(lrs) == pytest.approx(min(lrs)) and optimizer.defaults["betas"] == (0.9, 0.999)
+
+
+@pytest.mark.parametrize("randaugment", [[], ["--randaugment"]])
+def test_finetuning_learns_and_counts_each_test_image(randaugment, tmp_path, monkeypatch):
+    images, labels = colours(37)
+    labels[36] += 1  # labelled wrongly: 36 of 37 are right
+    flags = ["--batch-size", "16", "--finetune-epochs", "6", "--finetune-blr", "3e-2", *randaugment]
+    accuracy = finetuned(
+        monkeypatch, *flags, "--out-dir", str(tmp_path), n=160, test=(images, labels)
+    )[1]
+    assert accuracy == pytest.approx(100 * 36 / 37)
+
+
+def test_finetuning_mixes_smooths_and_crops(tmp_path, monkeypatch):
+    targets, inputs, cross_entropy = [], [], F.cross_entropy
+    forward = train_cifar.Classifier.forward
+
+    def entropy(logits, target, **kwargs):
+        targets.append((target, kwargs))
+        return cross_entropy(logits, target, **kwargs)
+
+    def seeing(self, images):
+        inputs.append((images, self.training))
+        return forward(self, images)
+
+    monkeypatch.setattr(train_cifar.F, "cross_entropy", entropy)
+    monkeypatch.setattr(train_cifar.Classifier, "forward", seeing)
+    flags = ["--batch-size", "16", "--finetune-epochs", "2", "--out-dir", str(tmp_path)]
+    finetuned(monkeypatch, *flags)
+    assert all(kwargs == {"label_smoothing": 0.1} for _, kwargs in targets)
+    mixed = torch.cat([target for target, _ in targets])
+    assert mixed.shape == (128, 4)
+    torch.testing.assert_close(mixed.sum(dim=1), torch.ones(128))
+    assert 0.2 < (mixed.amax(dim=1) < 0.999).float().mean() < 0.95  # some with their own kind
+    train = torch.cat([images for images, training in inputs if training])
+    rows_alike = (train - train[:, :, :1]).abs().amax(dim=(1, 2, 3)) < 1e-3
+    assert 0.2 < rows_alike.float().mean() < 0.9  # CutMix pastes in boxes, MixUp does not
+    assert not torch.equal(targets[0][0], targets[4][0])  # each epoch anew
+    rise = (train[:, :, 0, -1] - train[:, :, 0, 0]).amax(dim=1)[rows_alike]
+    assert (rise > 0).any() and (rise <= 0).any()  # flips
+
+
+def test_from_pretraining_to_finetuning_on_the_command_line(finished, tmp_path, capsys):
+    # The probe and the fine-tuning of a saved encoder are those at the end of its run.
+    run(copy(finished, tmp_path), "--resume", "--finetune-epochs", "1")
+    ends = [line for line in capsys.readouterr().out.splitlines() if " right after epoch " in line]
+    flags = ["--checkpoint", str(finished[0] / "encoder.pth"), "--epochs", "0"]
+    flags += ["--warmup-epochs", "0", "--finetune-epochs", "1", "--out-dir", str(tmp_path / "of")]
+    train_cifar.main([*SMALL, *flags])
+    again = [line for line in capsys.readouterr().out.splitlines() if " right after epoch " in line]
+    assert len(ends) == 2 and ends == again
+    assert {path.name for path in (tmp_path / "of").iterdir()} == {"finetuned.pth"}
+    line = error(*flags)
+    assert "holds a finetuned.pth" in line and "--out-dir" in line
+
+
+def test_from_scratch_there_is_no_probe_unless_asked_for(tmp_path, capsys):
+    flags = ["--dataset", "shapes", "--num-images", "64", "--depth", "1", "--finetune-epochs", "1"]
+    train_cifar.main([*flags, "--checkpoint", "none", "--epochs", "0", "--out-dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "fine-tuning: " in out and "probe" not in out
+    assert {path.name for path in tmp_path.iterdir()} == {"finetuned.pth"}
+
+
+def save_as(kind, encoder, path):
+    state = dict(encoder.state_dict())
+    if kind == "checkpoint":
+        rest = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 192)}
+        state = {
+            "model": {**{f"encoder.{name}": p for name, p in state.items()}, **rest},
+            "epoch": 3,
+        }
+    if kind == "timm":
+        state |= {"head.weight": torch.zeros(7, 192), "head.bias": torch.zeros(7)}
+    if kind == "mae":
+        state |= {"mask_token": torch.zeros(1, 1, 8), "decoder_blocks.0.norm1.bias": torch.zeros(8)}
+        state = {"model": state, "args": argparse.Namespace(lr=0.1), "epoch": 800}
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "checkpoint", "timm", "mae"])
+def test_encoders_of_each_kind_load(kind, tmp_path):
+    encoder = unsettle(amt.vit_tiny(img_size=32, patch_size=4, depth=1))
+    encoder.pos_embed.data += 1  # as of one that has learned its positions
+    save_as(kind, encoder, tmp_path / "saved.pth")
+    loaded = train_cifar.load_encoder(small()[0], tmp_path / "saved.pth")
+    assert_same(dict(loaded.state_dict()), dict(encoder.state_dict()))
+
+
+def test_positions_of_another_grid_are_interpolated(tmp_path):
+    large = unsettle(amt.vit_tiny(img_size=64, patch_size=4, depth=1))
+    line = torch.linspace(-1, 1, 33)[:-1:2] + 1 / 32  # centres of 16 patches
+    large.pos_embed.data[0, 1:, 0] = line.repeat(16)  # column
+    large.pos_embed.data[0, 1:, 1] = line.repeat_interleave(16)  # row
+    save_as("encoder", large, tmp_path / "large.pth")
+    loaded = train_cifar.load_encoder(small()[0], tmp_path / "large.pth")
+    assert torch.equal(loaded.pos_embed[:, 0], large.pos_embed[:, 0])
+    inner = loaded.pos_embed[0, 1:, :2].unflatten(0, (8, 8))[1:-1, 1:-1]
+    line = torch.linspace(-1, 1, 17)[:-1:2] + 1 / 16
+    expected = torch.stack([line.expand(8, 8), line[:, None].expand(8, 8)], dim=2)[1:-1, 1:-1]
+    torch.testing.assert_close(inner, expected, rtol=0, atol=0.02)
+    assert_same(loaded.blocks.state_dict(), large.blocks.state_dict())
+
+
+@pytest.mark.parametrize(
+    "sizes, misfits",
+    [
+        ({"depth": 2}, ["blocks.1.attn.qkv.weight (576, 192), here absent"]),
+        (
+            {"embed_dim": 96},
+            ["cls_token (1, 1, 96), here (1, 1, 192)", "blocks.0.mlp.fc2.bias (96,)"],
+        ),
+        ({"patch_size": 8}, ["patch_embed.proj.weight (192, 3, 8, 8), here (192, 3, 4, 4)"]),
+        ({"depth": 0}, ["blocks.0.norm1.weight absent, here (192,)"]),
+    ],
+)
+def test_an_encoder_that_does_not_fit_is_refused_with_what_differs(sizes, misfits, tmp_path):
+    encoder = amt.vit_tiny(**{"img_size": 32, "patch_size": 4, "depth": 1, **sizes})
+    save_as("encoder", encoder, tmp_path / "saved.pth")
+    line = error(
+        "--epochs",
+        0,
+        "--warmup-epochs",
+        0,
+        "--checkpoint",
+        tmp_path / "saved.pth",
+        "--out-dir",
+        tmp_path / "out",
+    )
+    assert all(misfit in line for misfit in misfits) and "--depth" in line
+    assert "norm.weight (" not in line or "embed_dim" in sizes
+
+
+@pytest.mark.parametrize("content", [None, "text", {"epoch": 3}, [1, 2]])
+def test_a_file_without_an_encoder_is_refused(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if content == "text":
+        (tmp_path / "saved.pth").write_text("no weights")
+    elif content:
+        torch.save(content, tmp_path / "saved.pth")
+    flags = ["--epochs", 0, "--warmup-epochs", 0, "--checkpoint", "saved.pth"]
+    line = error(*flags, "--out-dir", tmp_path / "out")
+    assert "--checkpoint saved.pth" in line and "encoder.pth" in line
+
+
+def test_a_file_that_would_execute_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(Harmful(), tmp_path / "saved.pth")
+    error("--epochs", 0, "--warmup-epochs", 0, "--checkpoint", "saved.pth", "--out-dir", "out")
+    assert not (tmp_path / "harm").exists()
+
+
+def make_folder(root, dataset="folder"):
+    """Two classes of 17 training images each, of one colour, in many sizes and modes, and of three
+    test images each; in one of the two layouts."""
+    modes = itertools.cycle(["RGB", "L", "RGBA", "P", "CMYK"])
+    annotations = []
+    for kind, colour in [("n01", "black"), ("n02", "white")]:
+        for split_name, n in [("train", 17), ("val", 3)]:
+            for i in range(n):
+                mode = next(modes)
+                suffix = "png" if mode in ("RGBA", "P") else "JPEG"
+                name = f"{kind}_{i}.{suffix}"
+                path = root / split_name / kind / name
+                if dataset == "tiny-imagenet":
+                    path = root / split_name / "images" / name
+                    if split_name == "train":
+                        path = root / split_name / kind / "images" / name
+                    else:
+                        annotations.append(f"{name}\t{kind}\t0\t0\t62\t62\n")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (20 + 3 * i, 44 - i), colour).convert(mode).save(path)
+    if dataset == "tiny-imagenet":
+        (root / "val" / "val_annotations.txt").write_text("".join(reversed(annotations)))
+    return root
+
+
+@pytest.mark.parametrize("dataset, size", [("folder", 224), ("tiny-imagenet", 64)])
+def test_images_in_folders(dataset, size, tmp_path):
+    make_folder(tmp_path, dataset)
+    flags = ["--dataset", dataset, "--data-path", str(tmp_path)]
+    args = train_cifar.parse_args(flags)
+    assert args.img_size == size and size % args.patch_size == 0
+    data = train_cifar.load_data(train_cifar.parse_args([*flags, "--img-size", "32"]))
+    assert data.train.shape == (34, 3, 32, 32) and data.train.dtype == torch.uint8
+    assert data.train_labels.tolist() == 17 * [0] + 17 * [1]
+    assert data.test.shape == (6, 3, 32, 32)
+    for pixels, labels in [(data.train, data.train_labels), (data.test, data.test_labels)]:
+        assert (pixels.float() - 255 * labels[:, None, None, None]).abs().max() < 4
+    assert data.test_labels.sum() == 3 and data.classes == 2
+
+
+def test_images_in_folders_keep_their_middle_square(tmp_path):
+    make_folder(tmp_path)
+    ramp = np.arange(128, dtype=np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2)
+    Image.fromarray(ramp).save(tmp_path / "train" / "n01" / "a.png")  # 128 wide, 64 high
+    args = train_cifar.parse_args(
+        ["--dataset", "folder", "--data-path", str(tmp_path), "--img-size", "32"]
+    )
+    expected = torch.arange(32).expand(3, 32, 32) * 2 + 32.5
+    assert (train_cifar.load_data(args).train[0] - expected).abs().max() <= 1.5
+
+
+def test_train_on_a_folder_from_the_command_line(tmp_path, capsys):
+    make_folder(tmp_path / "images")
+    flags = ["--dataset", "folder", "--data-path", str(tmp_path / "images"), "--img-size", "32"]
+    run(tmp_path / "out", *flags, "--patch-size", "8", "--epochs", "2", "--update-interval", "1")
+    assert "34 training and 6 test images" in capsys.readouterr().out
+
+
+def test_folders_that_are_wrong_are_named(tmp_path):
+    def refused(*more, dataset="folder"):
+        return error(
+            "--dataset", dataset, "--data-path", root, "--out-dir", tmp_path / "out", *more
+        )
+
+    root = make_folder(tmp_path / "a")
+    (root / "val").rename(root / "test")
+    line = refused()
+    assert f"--data-path {root}" in line and "--dataset folder" in line and "val" in line
+    assert "val_annotations.txt" in refused(dataset="tiny-imagenet")
+    (root / "test").rename(root / "val")
+    (root / "val" / "n02").rename(root / "val" / "n03")
+    assert re.search("class 'n03' of .*val is not among the 2 of .*train", refused())
+    (root / "val" / "n03").rename(root / "val" / "n02")
+    assert "40 images of 5000 pixels a side do not fit" in refused(
+        "--img-size", 5000, "--patch-size", 1000
+    )
+    broken = root / "train" / "n02" / "n02_3.JPEG"
+    broken.write_bytes(broken.read_bytes()[:100])
+    assert f"cannot decode {broken}" in refused("--img-size", 32)
+    assert not (tmp_path / "out").exists()
+
+
+def test_stl10_pretrains_on_all_and_probes_on_those_with_labels(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 3, 96, 96), dtype=np.uint8)
+    downloads = []
+
+    class Fake:
+        def __init__(self, root, split="train", download=False):
+            downloads.append((split, download))
+            self.data = {"train+unlabeled": pixels, "test": pixels[:4]}.get(split)
+            self.labels = np.array(
+                [2, 0, 1, 1, -1, -1, -1, -1, -1] if "un" in split else [0, 1, 2, 0]
+            )
+
+    monkeypatch.setattr(train_cifar, "STL10", Fake)
+    args = train_cifar.parse_args(["--dataset", "stl10", "--data-path", str(tmp_path)])
+    assert (args.img_size, args.patch_size) == (96, 8)
+    data = train_cifar.load_data(args)
+    assert torch.equal(data.train, torch.from_numpy(pixels))
+    assert data.train_labels.tolist() == [2, 0, 1, 1] and data.test_labels.tolist() == [0, 1, 2, 0]
+    assert data.train_labels.dtype == torch.int64 and data.classes == 3
+    assert downloads[0][1] and not any(download for _, download in downloads[1:])
+    args = train_cifar.parse_args(["--dataset", "stl10", "--img-size", "48"])
+    assert train_cifar.load_data(args).train.shape == (9, 3, 48, 48)
+
+    # The probe takes the labelled ones alone.
+    args = train_cifar.parse_args(["--batch-size", "4", "--probe-epochs", "2", "--img-size", "96"])
+    encoder = ColourEncoder()
+    train_cifar.linear_probe(args, encoder, data)
+    assert sum(len(seen) for seen in encoder.seen) == 4 + 4 + 4
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
@@ -1011,6 +1631,9 @@ def test_benchmark_compares_random_am_and_amt(capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["random", "AM", "AMT", "update"]
     assert all("images/s" in line for line in lines[1:]) and not (tmp_path / "none").exists()
+    train_cifar.main([*SMALL, "--benchmark", "--batch-size", "4", "--method", "simmim"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:13] for line in lines[3:5]] == ["AMT 0.44/0.26", "AMT 0.33/0.50"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1061,9 +1684,10 @@ def test_resumed_epochs_use_the_maps_of_the_checkpoint(finished, tmp_path, monke
 
 
 def test_settings_of_a_checkpoint_are_all_that_its_weights_depend_on(finished):
-    machine = {"data_path", "out_dir", "resume", "save_every", "compile", "benchmark", "img_size"}
-    derived = {"num_patches", "batch_size", "probe_epochs", "probe_blr"}
-    assert set(finished[1]["settings"]) == set(vars(small()[0])) - machine - derived
+    others = {"data_path", "out_dir", "resume", "save_every", "compile", "benchmark", "checkpoint"}
+    others |= {"num_units", "batch_size", "probe_epochs", "probe_blr", "probe_every"}
+    others |= {"finetune_epochs", "finetune_blr", "randaugment"}
+    assert set(finished[1]["settings"]) == set(vars(small()[0])) - others
 
 
 def test_resume_before_the_first_checkpoint_starts_from_the_beginning(finished, tmp_path, capsys):
@@ -1076,7 +1700,7 @@ def test_resume_before_the_first_checkpoint_starts_from_the_beginning(finished, 
 
 def test_two_processes_do_what_one_does(finished, tmp_path, capsys):
     done = subprocess.run(
-        command("--out-dir", tmp_path, "--batch-size", 16, processes=2),
+        command("--out-dir", tmp_path, "--batch-size", 16, "--finetune-epochs", 1, processes=2),
         capture_output=True,
         text=True,
         timeout=300,
@@ -1096,6 +1720,7 @@ def test_two_processes_do_what_one_does(finished, tmp_path, capsys):
     losses = [column(d, "loss") for d in (tmp_path, finished[0])]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert done.stdout.count("epoch 6/6") == done.stdout.count("linear probe: ") == 1
+    assert done.stdout.count("fine-tuning: ") == 1 and (tmp_path / "finetuned.pth").exists()
     run(copy(finished, tmp_path), "--resume")  # only probes
     accuracies = [
         float(out.split("linear probe: ")[1].split()[0])
@@ -1170,6 +1795,16 @@ def test_a_save_that_fails_keeps_what_was_there(finished, tmp_path, monkeypatch)
         (["--mask-ratio", 0.75], "0.75 and throw_ratio 0.4 .*-10 visible.*--throw-ratio"),
         (["--mask-ratio", "nan"], "mask_ratio nan"),
         (["--blr", 0], "--blr 0.0 is not a learning rate"),
+        (["--finetune-blr", -1], "--finetune-blr -1.0 is not a learning rate"),
+        (["--method", "beit"], "--method: invalid choice: 'beit'"),
+        (["--masking", "saliency"], "--masking: invalid choice: 'saliency'"),
+        (["--throw", "highest"], "--throw: invalid choice: 'highest'"),
+        (["--mask-unit", 3], "--mask-unit 3 does not divide the grid of 8x8 patches"),
+        (["--mask-unit", 8], "of N = 1 patches"),
+        (["--method", "maskfeat", "--patch-size", 1, "--img-size", 16], "--patch-size 1 is odd"),
+        (["--epochs", 0], "--epochs 0 with --checkpoint None: give .*FILE or none"),
+        (["--checkpoint", "none"], "--epochs 6 with --checkpoint none"),
+        (["--probe-every", 0], "--probe-every: 0 is not allowed"),
         (["--probe-blr", "inf"], "--probe-blr inf is not a learning rate"),
         (["--warmup-epochs", 6], "--warmup-epochs 6 is not less than --epochs 6"),
         (["--decoder-embed-dim", 48], "--decoder-embed-dim 48 is not a multiple of 32"),

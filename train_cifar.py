@@ -125,7 +125,8 @@ def load_data(args) -> Data:
     size = [args.img_size, args.img_size]
     (train, train_labels), (test, test_labels) = [
         (v2.functional.resize(x, size).to(DEVICE), y.to(DEVICE)) for x, y in load(args)]
-    std, mean = torch.std_mean(train[:50_000].float(), dim=(0, 2, 3))
+    some = train[::1 + train.numel() // 2 ** 28]                 # all of CIFAR's, floats in 1 GiB
+    std, mean = torch.std_mean(some.float(), dim=(0, 2, 3))
     return Data(train, train_labels, test, test_labels, mean[:, None, None], std[:, None, None])
 
 
@@ -572,20 +573,18 @@ def load_encoder(args, path: str) -> amt.ViT:
         fail(f"--checkpoint {path} cannot be read or holds no state dict of a ViT "
              f"({reason(error)}): give an encoder.pth or checkpoint.pth of this script, a state "
              f"dict of timm, or a file of He et al.")
-    own, not_ours = encoder.state_dict(), ("decoder", "mask_token", "head.")
-    saved = {name: p for name, p in saved.items() if not name.startswith(not_ours)}
-    misfits = [f"{name} is {shape_of(saved, name)} in the file and {shape_of(own, name)} here"
-               for name in {**own, **saved} if shape_of(saved, name) != shape_of(own, name)]
+    saved = {name: p for name, p in saved.items()
+             if not name.startswith(("decoder", "mask_token", "head."))}
+    theirs, ours = ({name: tuple(p.shape) for name, p in state.items()}
+                    for state in (saved, encoder.state_dict()))
+    misfits = [f"{name} {theirs.get(name, 'absent')}, here {ours.get(name, 'absent')}"
+               for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
     if misfits:
-        fail(f"--checkpoint {path} does not fit --model {args.model}"
-             f"{f' --depth {args.depth}' if args.depth else ''} --patch-size {args.patch_size}: "
+        fail(f"--checkpoint {path} does not fit --model {args.model} with --patch-size "
+             f"{args.patch_size} and {len(encoder.blocks)} blocks, see --depth: "
              f"{'; '.join(misfits)}")
     encoder.load_state_dict(saved)
     return encoder
-
-
-def shape_of(state: dict, name: str) -> str:
-    return str(tuple(state[name].shape)) if name in state else "absent"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -925,8 +924,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if not 0 < value < math.inf:
             fail(f"{flag} {value} is not a learning rate: give a number above 0")
     if bool(args.epochs) == bool(args.checkpoint):
-        fail(f"--epochs {args.epochs} and --checkpoint {args.checkpoint}: give --epochs 0 with a "
-             f"--checkpoint, FILE or none, and no other --epochs with one")
+        fail(f"--epochs {args.epochs} with --checkpoint {args.checkpoint}: give --epochs above 0 to "
+             f"pretrain, or --epochs 0 and a --checkpoint, FILE or none, to start from")
     if args.warmup_epochs >= max(args.epochs, 1):
         fail(f"--warmup-epochs {args.warmup_epochs} is not less than --epochs {args.epochs}: "
              f"give fewer")
