@@ -416,7 +416,8 @@ def expand_units(ids: Tensor, grid_size: int, unit: int) -> Tensor:
         raise ValueError(f"units of {unit}x{unit} patches do not fill a grid of "
                          f"{grid_size}x{grid_size}: choose a unit that divides {grid_size}")
     patches = torch.arange(grid_size ** 2, device=ids.device).view(1, 1, grid_size, grid_size)
-    return patchify(patches, unit)[0, ids].flatten(1)                        # (B, K, u*u) before
+    units = patchify(patches, unit)[0]                                       # (N / u*u, u*u)
+    return units[ids].flatten(1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -477,10 +478,38 @@ class MAE(nn.Module):
         return loss, pred
 
 
-class SimMIM(nn.Module):
-    """SimMIM (Xie et al., 2022), a linear layer on an encoder of visible patches and mask tokens;
-    with target="hog" MaskFeat (Wei et al., 2022), the same but for what is predicted, and l2.
+def hog(images: Tensor, patch_size: int, bins: int = 9) -> Tensor:
+    """Histograms of oriented gradients (B, N, 4 C bins) of images (B, C, H, W): MaskFeat's target.
 
+    Dalal and Triggs, 2005, in each channel: a pixel votes with the length of its gradient for the
+    gradient's orientation, of 180 degrees in `bins` equal bins; the votes of a cell, half a patch
+    a side, are divided by their l2 norm. A patch's four cells are in rows, each (channel, bin).
+    Raises ValueError if p is odd or does not divide H and W.
+    """
+    if patch_size % 2:
+        raise ValueError(f"patch size {patch_size} is odd, and a cell is half a patch: choose an "
+                         f"even one")
+    B, C, H, W = images.shape
+    c = patch_size // 2
+
+    def cells(x):
+        return x.unfold(2, c, c).unfold(3, c, c).flatten(4)                  # (B, C, 2h, 2w, c*c)
+
+    dx = F.pad(images[:, :, :, 2:] - images[:, :, :, :-2], (1, 1))           # 0 at the borders
+    dy = F.pad(images[:, :, 2:] - images[:, :, :-2], (0, 0, 1, 1))
+    orientation = torch.atan2(dy, dx) % math.pi                              # up is down
+    bin = (orientation * (bins / math.pi)).long().clamp(max=bins - 1)
+    votes = images.new_zeros(B, C, H // c, W // c, bins)
+    votes = votes.scatter_add(4, cells(bin), cells(torch.hypot(dx, dy)))
+    votes = F.normalize(votes, dim=4).permute(0, 1, 4, 2, 3).flatten(1, 2)   # (B, C bins, 2h, 2w)
+    return patchify(votes, 2)
+
+
+class SimMIM(nn.Module):
+    """SimMIM (Xie et al., 2022): an encoder of visible patches and mask tokens, and a linear layer.
+
+    With target="hog" it is MaskFeat (Wei et al., 2022), as the paper builds it: what is predicted
+    are histograms of gradients instead of pixels, and the loss is l2 instead of l1.
     Raises ValueError if the target is another word, or "hog" and the patch size odd.
     """
 
@@ -513,33 +542,6 @@ class SimMIM(nn.Module):
         pred = self.head(x[:, -masked.shape[1]:]).float()                    # (B, K_masked, L)
         loss = self.distance(pred, self.target(images, masked))              # Eq. 2
         return loss, pred
-
-
-def hog(images: Tensor, patch_size: int, bins: int = 9) -> Tensor:
-    """Histograms of oriented gradients (B, N, 4 C bins) of images (B, C, H, W): MaskFeat's target.
-
-    Dalal and Triggs, 2005, in each channel: a pixel votes with the length of its gradient for the
-    gradient's orientation, of 180 degrees in `bins` equal bins; the votes of a cell, half a patch
-    a side, are divided by their l2 norm. A patch's four cells are in rows, each (channel, bin).
-    Raises ValueError if p is odd or does not divide H and W.
-    """
-    if patch_size % 2:
-        raise ValueError(f"patch size {patch_size} is odd, and a cell is half a patch: choose an "
-                         f"even one")
-    B, C, H, W = images.shape
-    c = patch_size // 2
-
-    def cells(x):
-        return x.unfold(2, c, c).unfold(3, c, c).flatten(4)                  # (B, C, 2h, 2w, c*c)
-
-    dx = F.pad(images[:, :, :, 2:] - images[:, :, :, :-2], (1, 1))           # 0 at the borders
-    dy = F.pad(images[:, :, 2:] - images[:, :, :-2], (0, 0, 1, 1))
-    orientation = torch.atan2(dy, dx) % math.pi                              # up is down
-    bin = (orientation * (bins / math.pi)).long().clamp(max=bins - 1)
-    votes = images.new_zeros(B, C, H // c, W // c, bins)
-    votes = votes.scatter_add(4, cells(bin), cells(torch.hypot(dx, dy)))
-    votes = F.normalize(votes, dim=4).permute(0, 1, 4, 2, 3).flatten(1, 2)   # (B, C bins, 2h, 2w)
-    return patchify(votes, 2)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1377,7 +1377,7 @@ def test_from_pretraining_to_finetuning_on_the_command_line(finished, tmp_path, 
     run(copy(finished, tmp_path), "--resume", "--finetune-epochs", "1")
     ends = [line for line in capsys.readouterr().out.splitlines() if " right after epoch " in line]
     flags = ["--checkpoint", str(finished[0] / "encoder.pth"), "--epochs", "0"]
-    flags += ["--warmup-epochs", "0", "--finetune-epochs", "1", "--out-dir", str(tmp_path / "of")]
+    flags += ["--finetune-epochs", "1", "--out-dir", str(tmp_path / "of")]
     train_cifar.main([*SMALL, *flags])
     again = [line for line in capsys.readouterr().out.splitlines() if " right after epoch " in line]
     assert len(ends) == 2 and ends == again
@@ -1421,14 +1421,15 @@ def test_encoders_of_each_kind_load(kind, tmp_path):
 
 def test_positions_of_another_grid_are_interpolated(tmp_path):
     large = unsettle(amt.vit_tiny(img_size=64, patch_size=4, depth=1))
-    line = torch.linspace(-1, 1, 33)[:-1:2] + 1 / 32  # centres of 16 patches
+    centres = {n: (2 * torch.arange(n) + 1) / n - 1 for n in (8, 16)}  # of n patches, in -1 to 1
+    line = centres[16]
     large.pos_embed.data[0, 1:, 0] = line.repeat(16)  # column
     large.pos_embed.data[0, 1:, 1] = line.repeat_interleave(16)  # row
     save_as("encoder", large, tmp_path / "large.pth")
     loaded = train_cifar.load_encoder(small()[0], tmp_path / "large.pth")
     assert torch.equal(loaded.pos_embed[:, 0], large.pos_embed[:, 0])
     inner = loaded.pos_embed[0, 1:, :2].unflatten(0, (8, 8))[1:-1, 1:-1]
-    line = torch.linspace(-1, 1, 17)[:-1:2] + 1 / 16
+    line = centres[8]
     expected = torch.stack([line.expand(8, 8), line[:, None].expand(8, 8)], dim=2)[1:-1, 1:-1]
     torch.testing.assert_close(inner, expected, rtol=0, atol=0.02)
     assert_same(loaded.blocks.state_dict(), large.blocks.state_dict())
@@ -1452,8 +1453,6 @@ def test_an_encoder_that_does_not_fit_is_refused_with_what_differs(sizes, misfit
     line = error(
         "--epochs",
         0,
-        "--warmup-epochs",
-        0,
         "--checkpoint",
         tmp_path / "saved.pth",
         "--out-dir",
@@ -1470,7 +1469,7 @@ def test_a_file_without_an_encoder_is_refused(content, tmp_path, monkeypatch):
         (tmp_path / "saved.pth").write_text("no weights")
     elif content:
         torch.save(content, tmp_path / "saved.pth")
-    flags = ["--epochs", 0, "--warmup-epochs", 0, "--checkpoint", "saved.pth"]
+    flags = ["--epochs", 0, "--checkpoint", "saved.pth"]
     line = error(*flags, "--out-dir", tmp_path / "out")
     assert "--checkpoint saved.pth" in line and "encoder.pth" in line
 
@@ -1478,7 +1477,7 @@ def test_a_file_without_an_encoder_is_refused(content, tmp_path, monkeypatch):
 def test_a_file_that_would_execute_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(Harmful(), tmp_path / "saved.pth")
-    error("--epochs", 0, "--warmup-epochs", 0, "--checkpoint", "saved.pth", "--out-dir", "out")
+    error("--epochs", 0, "--checkpoint", "saved.pth", "--out-dir", "out")
     assert not (tmp_path / "harm").exists()
 
 
@@ -1513,7 +1512,8 @@ def test_images_in_folders(dataset, size, tmp_path):
     flags = ["--dataset", dataset, "--data-path", str(tmp_path)]
     args = train_cifar.parse_args(flags)
     assert args.img_size == size and size % args.patch_size == 0
-    data = train_cifar.load_data(train_cifar.parse_args([*flags, "--img-size", "32"]))
+    flags += ["--img-size", "32", "--patch-size", "4"]
+    data = train_cifar.load_data(train_cifar.parse_args(flags))
     assert data.train.shape == (34, 3, 32, 32) and data.train.dtype == torch.uint8
     assert data.train_labels.tolist() == 17 * [0] + 17 * [1]
     assert data.test.shape == (6, 3, 32, 32)
@@ -1526,9 +1526,8 @@ def test_images_in_folders_keep_their_middle_square(tmp_path):
     make_folder(tmp_path)
     ramp = np.arange(128, dtype=np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2)
     Image.fromarray(ramp).save(tmp_path / "train" / "n01" / "a.png")  # 128 wide, 64 high
-    args = train_cifar.parse_args(
-        ["--dataset", "folder", "--data-path", str(tmp_path), "--img-size", "32"]
-    )
+    flags = ["--dataset", "folder", "--data-path", str(tmp_path)]
+    args = train_cifar.parse_args([*flags, "--img-size", "32", "--patch-size", "4"])
     expected = torch.arange(32).expand(3, 32, 32) * 2 + 32.5
     assert (train_cifar.load_data(args).train[0] - expected).abs().max() <= 1.5
 
@@ -1558,9 +1557,9 @@ def test_folders_that_are_wrong_are_named(tmp_path):
     assert "40 images of 5000 pixels a side do not fit" in refused(
         "--img-size", 5000, "--patch-size", 1000
     )
-    broken = root / "train" / "n02" / "n02_3.JPEG"
+    broken = root / "train" / "n02" / "n02_0.JPEG"
     broken.write_bytes(broken.read_bytes()[:100])
-    assert f"cannot decode {broken}" in refused("--img-size", 32)
+    assert f"cannot decode {broken}" in refused("--img-size", 64)
     assert not (tmp_path / "out").exists()
 
 

@@ -924,9 +924,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if not 0 < value < math.inf:
             fail(f"{flag} {value} is not a learning rate: give a number above 0")
     if bool(args.epochs) == bool(args.checkpoint):
-        fail(f"--epochs {args.epochs} with --checkpoint {args.checkpoint}: give --epochs above 0 to "
-             f"pretrain, or --epochs 0 and a --checkpoint, FILE or none, to start from")
-    if args.warmup_epochs >= max(args.epochs, 1):
+        fail(f"--epochs {args.epochs} with --checkpoint {args.checkpoint}: give --epochs above 0, "
+             f"to pretrain, or --epochs 0 and a --checkpoint, FILE or none, to start from")
+    if args.epochs and args.warmup_epochs >= args.epochs:
         fail(f"--warmup-epochs {args.warmup_epochs} is not less than --epochs {args.epochs}: "
              f"give fewer")
     try:
