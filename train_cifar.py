@@ -85,10 +85,6 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
-def seed_of(*key) -> int:
-    return random.Random(repr(key)).getrandbits(63)
-
-
 def generator(*key) -> torch.Generator:
     """The generator of what is drawn under a key such as (seed, "pretrain", epoch).
 
@@ -96,7 +92,7 @@ def generator(*key) -> torch.Generator:
     each takes its rows. So no random state is ever saved, a resumed epoch draws what it drew
     before, and the draws do not depend on the number of processes.
     """
-    return torch.Generator(DEVICE).manual_seed(seed_of(*key))
+    return torch.Generator(DEVICE).manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -120,11 +116,13 @@ class Data(NamedTuple):
 
 
 def load_data(args) -> Data:
-    load = {"shapes": lambda args: [shapes(args.num_images, seed=1), shapes(1000, seed=2)],
-            "tiny-imagenet": folders, "folder": folders}.get(args.dataset, published)
+    if args.dataset == "shapes":
+        splits = [shapes(args.num_images, seed=1), shapes(1000, seed=2)]
+    else:
+        splits = (folders if args.dataset in ("folder", "tiny-imagenet") else published)(args)
     size = [args.img_size, args.img_size]
     (train, train_labels), (test, test_labels) = [
-        (v2.functional.resize(x, size).to(DEVICE), y.to(DEVICE)) for x, y in load(args)]
+        (v2.functional.resize(x, size).to(DEVICE), y.to(DEVICE)) for x, y in splits]
     some = train[::1 + train.numel() // 2 ** 28]                 # all of CIFAR's, floats in 1 GiB
     std, mean = torch.std_mean(some.float(), dim=(0, 2, 3))
     return Data(train, train_labels, test, test_labels, mean[:, None, None], std[:, None, None])
@@ -436,7 +434,8 @@ def train_classifier(args, data: Data, stage: str, epochs: int, warmup: int, mod
     for epoch in range(epochs):
         model.train()
         g = generator(args.seed, stage, epoch)
-        torch.manual_seed(seed_of(args.seed, stage, epoch, RANK))        # mixing and drop path
+        # Mixing and drop path draw from torch's own generators, here seeded for each process.
+        torch.manual_seed(generator(args.seed, stage, epoch, RANK).initial_seed())
         order = torch.randperm(n, generator=g, device=DEVICE)
         losses = torch.zeros(steps, device=DEVICE)
         for step in range(steps):
@@ -491,8 +490,8 @@ def linear_probe(args, encoder: amt.ViT, data: Data, short: bool = False) -> flo
         features[my_rows(ids)] = cls_features(data.normalise(random_crops_of(args, data, ids, g)))
         return F.cross_entropy(head(all_sum(features)), data.train_labels[ids])
 
-    return train_classifier(args, data, "probe", max(1, args.probe_epochs // 10) if short else
-                            args.probe_epochs, 0, head, optimizer, lr, batch_loss,
+    epochs = max(1, args.probe_epochs // 10) if short else args.probe_epochs
+    return train_classifier(args, data, "probe", epochs, 0, head, optimizer, lr, batch_loss,
                             lambda images: head(cls_features(images)))
 
 
@@ -528,19 +527,18 @@ def finetune(args, pretrained: amt.ViT, data: Data) -> float:
                            v2.CutMix(alpha=1.0, num_classes=data.classes)])
     rand_augment = v2.RandAugment()
 
-    def logits(images: Tensor) -> Tensor:
+    def logits(images: Tensor, model: nn.Module = model) -> Tensor:
         with precision(args):
-            return parallel(images).float()
+            return model(images).float()
 
     def batch_loss(ids: Tensor, g: torch.Generator) -> Tensor:
         images = random_crops_of(args, data, ids, g)
         if args.randaugment:
             images = torch.stack([rand_augment(image) for image in images.byte()]).float()
         images, labels = mix(data.normalise(images), data.train_labels[ids[my_rows(ids)]])
-        return F.cross_entropy(logits(images), labels, label_smoothing=0.1)
+        return F.cross_entropy(logits(images, parallel), labels, label_smoothing=0.1)
 
-    lr = args.finetune_blr * args.global_batch / 256
-    epochs = args.finetune_epochs
+    lr, epochs = args.finetune_blr * args.global_batch / 256, args.finetune_epochs
     accuracy = train_classifier(args, data, "fine-tuning", epochs, epochs // 20, model, optimizer,
                                 lr, batch_loss, logits)
     if RANK == 0:
