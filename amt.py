@@ -37,10 +37,13 @@ A step of AMT, on the images `ids` of a data set (n, 3, H, H) and of its maps (n
     loss, _ = mae(crop(images[ids], theta, H, "bicubic"), visible, masked)
 
 with `mae = MAE(vit_base())` and, at that interval, `maps = masking_weights(mae.encoder, images)`,
-batch by batch. Until the first time, and for the baseline, masking is random: `ranking =
-sample_patches(torch.ones(B, N))`, of which 0.75 is masked and nothing thrown. SimMIM and MaskFeat
-mask units of u x u patches: `crop_weights(..., u * p)` weighs units, the ranking and its split are
-of units, and `expand_units` turns each of the three sets into patches.
+batch by batch. Until the first time, and for the baseline, masking is random: 0.75 masked, nothing
+thrown, by `ranking = torch.rand(B, N).argsort(dim=1)`. SimMIM and MaskFeat mask units of u x u
+patches, at random 0.60 of them. With `simmim = SimMIM(vit_base())` and u = 2 the middle becomes
+
+    ranking = sample_patches(crop_weights(maps[ids], theta, H, u * p))            # of units
+    masked, thrown, visible = (expand_units(units, h, u)
+                               for units in mask_and_throw(ranking, 0.44, 0.26))
 """
 import math
 from collections import OrderedDict
@@ -76,16 +79,25 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     length of a patch.
     """
     B, N, L = patches.shape
-    p, h = patch_size, math.isqrt(N)
-    if h * h != N or L % (p * p):
-        raise ValueError(f"patches {tuple(patches.shape)} do not make square images with patch "
-                         f"size {p}: give (B, N, p*p*C) with N a square")
+    p, h = patch_size, grid_side(N)
+    if L % (p * p):
+        raise ValueError(f"patches {tuple(patches.shape)} are not of {p}x{p} pixels: give "
+                         f"(B, N, p*p*C)")
     x = patches.reshape(B, h, h, p, p, L // (p * p))
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, L // (p * p), h * p, h * p)
 
 
+def grid_side(N: int) -> int:
+    """The side h of a square grid of N patches. Raises ValueError if N is not a square."""
+    h = math.isqrt(N)
+    if h * h != N:
+        raise ValueError(f"N = {N} patches do not make a square grid: give the patches of a square "
+                         f"image, without [CLS] and other extra tokens")
+    return h
+
+
 def select(x: Tensor, ids: Tensor) -> Tensor:
-    """The patches (B, K, L) with the indices ids (B, K), int64, of the patches x (B, N, L)."""
+    """Picks the patches ids (B, K), int64, out of x (B, N, L): (B, K, L)."""
     return torch.take_along_dim(x, ids[:, :, None], dim=1)
 
 
@@ -237,9 +249,9 @@ class ViT(nn.Module):
         The others are neither embedded nor attended to.
         Raises ValueError if the images are not of the size that the ViT was made for.
         """
-        return self.transform(self.embed(images, keep))
+        return self.run_blocks(self.embed(images, keep))
 
-    def transform(self, x: Tensor) -> Tensor:
+    def run_blocks(self, x: Tensor) -> Tensor:
         """Runs all blocks and the last norm: tokens (B, T, D) to tokens (B, T, D)."""
         for block in self.blocks:
             x = block(x)
@@ -287,10 +299,7 @@ def masking_weights(vit: nn.Module, images: Tensor) -> Tensor:
     finally:
         for m in training:
             m.training = True
-    h = math.isqrt(a.shape[2])
-    if h * h != a.shape[2]:
-        raise ValueError(f"cls_attention {tuple(a.shape)} is not of a square grid of patches: "
-                         f"leave out [CLS] and other extra tokens")
+    h = grid_side(a.shape[2])
     # The mean comes before the stretch, as in the paper; the authors' code stretches each head.
     a_w = a.mean(dim=1)                                                      # Eq. 4: (B, N)
     low, high = a_w.aminmax(dim=1, keepdim=True)
@@ -415,9 +424,9 @@ def expand_units(ids: Tensor, grid_size: int, unit: int) -> Tensor:
     if grid_size % unit:
         raise ValueError(f"units of {unit}x{unit} patches do not fill a grid of "
                          f"{grid_size}x{grid_size}: choose a unit that divides {grid_size}")
-    patches = torch.arange(grid_size ** 2, device=ids.device).view(1, 1, grid_size, grid_size)
-    units = patchify(patches, unit)[0]                                       # (N / u*u, u*u)
-    return units[ids].flatten(1)
+    numbers = torch.arange(grid_size ** 2, device=ids.device).view(1, 1, grid_size, grid_size)
+    members = patchify(numbers, unit)[0]                                     # (N / (u*u), u*u)
+    return members[ids].flatten(1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -469,8 +478,8 @@ class MAE(nn.Module):
         x = torch.cat([x, self.mask_token.expand(B, K, -1)], dim=1)          # (B, T, D)
         # A transformer knows its tokens by the positions added to them, not by their order. So each
         # token gets its own patch's position, and nothing is ever put back into the image's order.
-        cls = masked.new_zeros(B, 1)
-        x = x + self.decoder_pos_embed[0][torch.cat([cls, 1 + visible, 1 + masked], dim=1)]
+        place = torch.cat([masked.new_zeros(B, 1), 1 + visible, 1 + masked], dim=1)  # 0: [CLS]'s
+        x = x + self.decoder_pos_embed[0][place]
         for block in self.decoder_blocks:
             x = block(x)
         pred = self.decoder_pred(self.decoder_norm(x[:, -K:])).float()       # (B, K_masked, p*p*3)
@@ -481,15 +490,16 @@ class MAE(nn.Module):
 def hog(images: Tensor, patch_size: int, bins: int = 9) -> Tensor:
     """Histograms of oriented gradients (B, N, 4 C bins) of images (B, C, H, W): MaskFeat's target.
 
-    Dalal and Triggs, 2005, in each channel: a pixel votes with the length of its gradient for the
-    gradient's orientation, of 180 degrees in `bins` equal bins; the votes of a cell, half a patch
-    a side, are divided by their l2 norm. A patch's four cells are in rows, each (channel, bin).
+    A simple form of Dalal and Triggs, 2005: in a cell, half a patch a side, each pixel adds the
+    length of its gradient to the bin of its orientation, one of `bins` equal parts of 180 degrees;
+    the histogram of a cell and channel is divided by its l2 norm. A patch's four cells are in rows,
+    the numbers of each in the order (channel, bin). Images are of a floating-point type.
     Raises ValueError if p is odd or does not divide H and W.
     """
-    if patch_size % 2:
-        raise ValueError(f"patch size {patch_size} is odd, and a cell is half a patch: choose an "
-                         f"even one")
     B, C, H, W = images.shape
+    if patch_size % 2 or H % patch_size or W % patch_size:
+        raise ValueError(f"patch size {patch_size} with images of {H}x{W} pixels: choose an even "
+                         f"one, as cells are half a patch, that divides both sides")
     c = patch_size // 2
 
     def cells(x):
@@ -497,19 +507,20 @@ def hog(images: Tensor, patch_size: int, bins: int = 9) -> Tensor:
 
     dx = F.pad(images[:, :, :, 2:] - images[:, :, :, :-2], (1, 1))           # 0 at the borders
     dy = F.pad(images[:, :, 2:] - images[:, :, :-2], (0, 0, 1, 1))
-    orientation = torch.atan2(dy, dx) % math.pi                              # up is down
-    bin = (orientation * (bins / math.pi)).long().clamp(max=bins - 1)
-    votes = images.new_zeros(B, C, H // c, W // c, bins)
-    votes = votes.scatter_add(4, cells(bin), cells(torch.hypot(dx, dy)))
-    votes = F.normalize(votes, dim=4).permute(0, 1, 4, 2, 3).flatten(1, 2)   # (B, C bins, 2h, 2w)
-    return patchify(votes, 2)
+    orientation = torch.atan2(dy, dx) % math.pi          # opposite directions are one orientation
+    index = (orientation * (bins / math.pi)).long().clamp(max=bins - 1)
+    x = images.new_zeros(B, C, H // c, W // c, bins)
+    x = x.scatter_add(4, cells(index), cells(torch.hypot(dx, dy)))
+    x = F.normalize(x, dim=4).permute(0, 1, 4, 2, 3).flatten(1, 2)           # (B, C bins, 2h, 2w)
+    return patchify(x, 2)
 
 
 class SimMIM(nn.Module):
     """SimMIM (Xie et al., 2022): an encoder of visible patches and mask tokens, and a linear layer.
 
     With target="hog" it is MaskFeat (Wei et al., 2022), as the paper builds it: what is predicted
-    are histograms of gradients instead of pixels, and the loss is l2 instead of l1.
+    are histograms of gradients instead of pixels, and the loss is l2 instead of l1. In both [CLS]
+    learns only by what it gives the patches: unlike MAE's, it has no use after the last block.
     Raises ValueError if the target is another word, or "hog" and the patch size odd.
     """
 
@@ -517,8 +528,8 @@ class SimMIM(nn.Module):
         super().__init__()
         if target not in ("pixels", "hog"):
             raise ValueError(f'target "{target}" is unknown: choose "pixels" or "hog"')
-        self.describe = patchify if target == "pixels" else hog
-        self.distance = F.l1_loss if target == "pixels" else F.mse_loss
+        self.describe, self.distance = {
+            "pixels": (patchify, F.l1_loss), "hog": (hog, F.mse_loss)}[target]
         p, D = encoder.patch_size, encoder.embed_dim
         length = self.describe(torch.zeros(1, 3, p, p), p).shape[2]
         self.mask_token = nn.Parameter(torch.randn(1, 1, D) * 0.02)
@@ -538,7 +549,7 @@ class SimMIM(nn.Module):
         """
         hidden = self.mask_token + self.encoder.pos_embed[0, 1:][masked]     # (B, K_masked, D)
         x = torch.cat([self.encoder.embed(images, visible), hidden], dim=1)  # (B, T, D)
-        x = self.encoder.transform(x)
+        x = self.encoder.run_blocks(x)
         pred = self.head(x[:, -masked.shape[1]:]).float()                    # (B, K_masked, L)
         loss = self.distance(pred, self.target(images, masked))              # Eq. 2
         return loss, pred
@@ -546,7 +557,8 @@ class SimMIM(nn.Module):
 
 # ------------------------------------------------------------------------------------------------
 # 8. Other strategies. Like `sample_patches`, each takes weights (B, N) and a generator, and gives a
-# ranking (B, N). The three that ignore what the weights say know from them B, N and the device.
+# ranking (B, N). Of `random_ranking`, `grid_wise` and `block_wise`, only the weights' shape and
+# device matter.
 
 
 def random_ranking(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -555,50 +567,50 @@ def random_ranking(weights: Tensor, generator: torch.Generator | None = None) ->
 
 
 def highest_first(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """By weight, the highest first: Kakogeorgiou et al., 2022 (AttMask). Nothing is drawn."""
+    """By weight, the highest first: Kakogeorgiou et al., 2022 (AttMask)."""
     return weights.argsort(dim=1, descending=True, stable=True)
 
 
 def lowest_first(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """By weight, the lowest first: Li et al., 2021 (MST). Nothing is drawn."""
+    """By weight, the lowest first: after Li et al., 2021 (MST), who draw some of the lowest."""
     return weights.argsort(dim=1, stable=True)
 
 
 def grid_wise(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Regularly: He et al., 2022. The first half of a square grid is a checkerboard; last comes the
     bottom left one of each 2x2 patches, which alone stays visible of an even grid with 0.75 masked.
+    Raises ValueError if N is not a square.
     """
-    B, N = weights.shape
-    place = torch.arange(N, device=weights.device)
-    row, column = place // math.isqrt(N) % 2, place % math.isqrt(N) % 2
-    order = 2 * (row != column) + row                    # 0 and 1: the checkerboard
-    noise = torch.rand(B, N, generator=generator, device=weights.device)
-    return (order + noise).argsort(dim=1)
+    (B, N), device = weights.shape, weights.device
+    place, h = torch.arange(N, device=device), grid_side(weights.shape[1])
+    row, column = place // h % 2, place % h % 2          # 0 or 1: even or odd
+    order = 2 * (row != column) + row                    # first both even, then both odd
+    return (order + torch.rand(B, N, generator=generator, device=device)).argsort(dim=1)
 
 
 def block_wise(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Rectangle by rectangle of a square grid: Bao et al., 2022 (BEiT).
+    """Rectangle by rectangle of a square grid: after Bao et al., 2022 (BEiT).
 
-    A rectangle has 0.08 to 0.4 of the patches (BEiT: 16 to 75 of 196) and an aspect between 0.3 and
-    1 / 0.3. Its patches are ranked from its centre outwards: cut short, it is still in one piece.
+    Each has about 0.08 to 0.4 of the patches (BEiT: at least 16 and in all 75 of 196), with an
+    aspect between 0.3 and 1 / 0.3, and is ranked from its centre outwards: the one that the ratio
+    cuts is a smaller block. Raises ValueError if N is not a square.
     """
-    B, N = weights.shape
-    h, device, n_blocks = math.isqrt(N), weights.device, 64      # enough to leave at most corners
+    (B, N), device = weights.shape, weights.device
+    h, n_blocks = grid_side(N), 64                       # what these leave uncovered ranks last
 
     def rand(*shape):
         return torch.rand(*shape, generator=generator, device=device)
 
     area, aspect = (0.08 + 0.32 * rand(B, n_blocks)) * N, 0.3 ** (2 * rand(B, n_blocks) - 1)
     sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()])    # (2, B, n_blocks)
-    sides = sides.round().clamp(1, h)
-    start = (rand(2, B, n_blocks) * (h - sides + 1)).floor()
-    place = torch.arange(N, device=device)
-    place = torch.stack([place // h, place % h])[:, None, None] + 0.5        # (2, 1, 1, N)
-    off = (place - (start + sides / 2)[..., None]).abs() / sides[..., None]  # (2, B, n_blocks, N)
-    inside, number = (off < 0.5).all(dim=0), torch.arange(n_blocks, device=device)[:, None]
-    rank = number + (off ** 2).sum(dim=0)                # the second term is less than 1
-    rank = torch.where(inside, rank, n_blocks + rand(B, 1, N)).amin(dim=1)   # (B, N)
-    return rank.argsort(dim=1, stable=True)
+    sides = sides.round().clamp(1, h)                                        # height, width
+    start = (rand(2, B, n_blocks) * (h - sides + 1)).floor()                 # top, left
+    line = torch.arange(h, device=device) + 0.5
+    place = torch.cartesian_prod(line, line).T[:, None, None]                # (2, 1, 1, N)
+    off = (place - (start + sides / 2)[..., None]) / sides[..., None]        # (2, B, n_blocks, N)
+    inside, block = (off.abs() < 0.5).all(dim=0), torch.arange(n_blocks, device=device)[:, None]
+    rank = torch.where(inside, block + (off ** 2).sum(dim=0), n_blocks + rand(B, 1, N))
+    return rank.amin(dim=1).argsort(dim=1, stable=True)  # by a patch's first block
 
 
 STRATEGIES = {"attention": sample_patches, "random": random_ranking, "attmask": highest_first,

@@ -112,8 +112,13 @@ def test_pos_embed_is_maes_table():
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="12x10 pixels.*4x4"):
         amt.patchify(torch.zeros(1, 3, 12, 10), 4)
-    with pytest.raises(ValueError, match=r"\(1, 5, 48\).*patch size 4"):
+    with pytest.raises(ValueError, match="N = 5 patches.*square"):
         amt.unpatchify(torch.zeros(1, 5, 48), 4)
+    with pytest.raises(ValueError, match=r"\(1, 4, 50\).*4x4 pixels"):
+        amt.unpatchify(torch.zeros(1, 4, 50), 4)
+    for strategy in (amt.grid_wise, amt.block_wise):
+        with pytest.raises(ValueError, match="N = 17 patches.*square.*extra tokens"):
+            strategy(torch.rand(1, 17))
     with pytest.raises(ValueError, match="width 10 .*multiple of 4"):
         amt.sincos_pos_embed(10, 4)
     with pytest.raises(ValueError, match="patch_size 5.*img_size 16"):
@@ -122,14 +127,17 @@ def test_shapes_that_do_not_fit_are_named():
         amt.ViT(img_size=16, patch_size=4, embed_dim=24, num_heads=5)
     with pytest.raises(ValueError, match=r"\(2, 3, 8, 8\).*\(B, 3, 16, 16\)"):
         tiny_vit()(torch.zeros(2, 3, 8, 8))
-    with pytest.raises(ValueError, match=r"\(1, 2, 17\).*square.*extra tokens"):
+    with pytest.raises(ValueError, match="N = 17 patches.*square.*extra tokens"):
         amt.masking_weights(Stub(torch.rand(1, 2, 17)), random_images(1))
     with pytest.raises(ValueError, match="decoder_num_heads 3.*decoder_embed_dim 16"):
         amt.MAE(tiny_vit(), decoder_embed_dim=16, decoder_num_heads=3)
     with pytest.raises(ValueError, match='"edges".*"pixels" or "hog"'):
         amt.SimMIM(tiny_vit(), "edges")
-    with pytest.raises(ValueError, match="patch size 5 is odd"):
-        amt.hog(torch.zeros(1, 3, 10, 10), 5)
+    for patch_size, H, W in [(5, 10, 10), (4, 12, 10), (16, 20, 32)]:
+        with pytest.raises(
+            ValueError, match=f"patch size {patch_size} with images of {H}x{W}.*even"
+        ):
+            amt.hog(torch.zeros(1, 3, H, W), patch_size)
     with pytest.raises(ValueError, match="3x3 patches do not fill a grid of 8x8"):
         amt.expand_units(torch.zeros(1, 4, dtype=torch.int64), 8, 3)
 
