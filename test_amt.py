@@ -1545,6 +1545,14 @@ def test_train_on_a_folder_from_the_command_line(tmp_path, capsys):
     flags = ["--dataset", "folder", "--data-path", str(tmp_path / "images"), "--img-size", "32"]
     run(tmp_path / "out", *flags, "--patch-size", "8", "--epochs", "2", "--update-interval", "1")
     assert "34 training and 6 test images" in capsys.readouterr().out
+    picture = np.array(Image.open(tmp_path / "out" / "masking.png"))
+    assert picture.shape == (4 * 132 + 4, 6 * 132 + 4, 3)
+
+
+def test_pictures_are_of_images_from_all_over_the_test_set():
+    test = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).expand(-1, 3, 2, 2)
+    shown = small()[1]._replace(test=test).shown[:, 0, 0, 0]
+    assert len(shown.unique()) == 8 and shown.min() < 30 and shown.max() >= 70
 
 
 def test_folders_that_are_wrong_are_named(tmp_path):

@@ -111,6 +111,12 @@ class Data(NamedTuple):
     def classes(self) -> int:
         return int(self.train_labels.max()) + 1
 
+    @property
+    def shown(self) -> Tensor:
+        """Eight test images, for the pictures: not the first, which may be of one class."""
+        ids = torch.randperm(len(self.test), generator=torch.Generator().manual_seed(0))[:8]
+        return self.test[ids.to(DEVICE)]
+
     def normalise(self, pixels: Tensor) -> Tensor:
         return (pixels.clamp(0, 255) - self.mean) / self.std     # a bicubic crop overshoots
 
@@ -361,7 +367,7 @@ def pretrain(args, data: Data) -> amt.ViT:
         update_seconds = 0.0
         if args.masking in BY_ATTENTION and epoch and epoch % args.update_interval == 0:
             run["maps"] = update_maps(args, model.encoder, data)
-            shown = data.normalise(data.test[:8].float())
+            shown = data.normalise(data.shown.float())
             run["snapshots"].append(amt.masking_weights(model.encoder, shown))
             save_attention(args, data, run["snapshots"])
             update_seconds = time.time() - epoch_started
@@ -691,7 +697,7 @@ def clock(seconds: float) -> str:
 def save_grid(rows: list[Tensor], path: Path):
     """Rows of pictures (8, 3, H, W) in [0, 1]."""
     images = torch.cat([F.interpolate(row, size=128, mode="nearest") for row in rows])
-    save_image(images, path, nrow=8, padding=4, pad_value=1.0)
+    save_image(images, path, nrow=len(rows[0]), padding=4, pad_value=1.0)
 
 
 def heat(maps: Tensor) -> Tensor:
@@ -702,7 +708,7 @@ def heat(maps: Tensor) -> Tensor:
 def save_attention(args, data: Data, snapshots: list[Tensor]):
     """attention.png: eight test images; below, a row an update, what [CLS] attended to (Fig. 2)."""
     if RANK == 0:
-        save_grid([data.test[:8] / 255, *map(heat, snapshots)], args.out_dir / "attention.png")
+        save_grid([data.shown / 255, *map(heat, snapshots)], args.out_dir / "attention.png")
 
 
 @torch.no_grad()
@@ -711,7 +717,7 @@ def save_masking(args, model: amt.MAE, data: Data, by_attention: bool):
     and, where pixels are predicted, the reconstruction; MAE's predictions, which are normalised
     patch by patch, get each patch's mean and contrast back."""
     p = args.patch_size
-    images = data.normalise(data.test[:8].float())
+    images = data.normalise(data.shown.float())
     maps = amt.masking_weights(model.encoder, images)
     weights = amt.patchify(maps[:, None], args.mask_unit).sum(dim=2)         # (8, N)
     strategy = amt.STRATEGIES[args.masking if by_attention or args.masking not in BY_ATTENTION
@@ -728,9 +734,9 @@ def save_masking(args, model: amt.MAE, data: Data, by_attention: bool):
     def paint(patches, ids, colours):
         return patches.scatter(1, ids[:, :, None].expand(-1, -1, patches.shape[2]), colours)
 
-    patches = paint(amt.patchify(data.test[:8] / 255, p), thrown, 0.0)
+    patches = paint(amt.patchify(data.shown / 255, p), thrown, 0.0)
     hidden = paint(patches, masked, 0.5)
-    rows = [data.test[:8] / 255, heat(maps), amt.unpatchify(hidden, p)]
+    rows = [data.shown / 255, heat(maps), amt.unpatchify(hidden, p)]
     if args.method != "maskfeat":
         predicted = paint(patches, masked, (pred * std + mean).clamp(0, 1))
         rows.append(amt.unpatchify(predicted, p))
