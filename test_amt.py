@@ -1290,6 +1290,13 @@ def test_short_probes_go_to_the_log_and_change_nothing(finished, tmp_path):
     assert accuracies[::2] == ["", "", ""] and all(0 <= float(x) <= 100 for x in accuracies[1::2])
 
 
+@pytest.mark.parametrize("epochs, short", [("20", 2), ("3", 1)])
+def test_a_short_probe_takes_a_tenth_of_the_epochs(epochs, short, capsys):
+    args, data = small("--probe-epochs", epochs)
+    train_cifar.linear_probe(args, train_cifar.build_encoder(args), data, short=True)
+    assert capsys.readouterr().out.count("probe epoch ") == short
+
+
 def finetuned(monkeypatch, *flags, n=64, test=None):
     """Fine-tunes on colours; the pretrained encoder, accuracy, optimizer and model."""
     args = train_cifar.parse_args([*SMALL, "--depth", "2", "--finetune-epochs", "1", *flags])
@@ -1378,6 +1385,54 @@ def test_finetuning_mixes_smooths_and_crops(tmp_path, monkeypatch):
     assert not torch.equal(targets[0][0], targets[4][0])  # each epoch anew
     rise = (train[:, :, 0, -1] - train[:, :, 0, 0]).amax(dim=1)[rows_alike]
     assert (rise > 0).any() and (rise <= 0).any()  # flips
+
+
+def test_randaugment_comes_after_the_crop_image_by_image(tmp_path, monkeypatch):
+    crops, augmented, inputs = [], [], []
+    crops_of, forward = train_cifar.random_crops_of, train_cifar.Classifier.forward
+
+    def cropping(*args):
+        crops.append(crops_of(*args))
+        return crops[-1]
+
+    def invert(image):
+        augmented.append((tuple(image.shape), image.dtype))
+        return 255 - image
+
+    def seeing(self, images):
+        inputs.extend([images] if self.training else [])
+        return forward(self, images)
+
+    monkeypatch.setattr(train_cifar, "random_crops_of", cropping)
+    monkeypatch.setattr(train_cifar.v2, "RandAugment", lambda: invert)
+    monkeypatch.setattr(train_cifar.v2, "RandomChoice", lambda mixes: lambda *batch: batch)
+    monkeypatch.setattr(train_cifar.Classifier, "forward", seeing)
+    finetuned(monkeypatch, "--randaugment", "--out-dir", str(tmp_path))
+    assert augmented == 64 * [((3, 32, 32), torch.uint8)]
+    expected = (255 - torch.cat(crops).byte().float() - 127) / 100
+    torch.testing.assert_close(torch.cat(inputs), expected)
+
+
+@pytest.mark.parametrize("stage", ["probe", "fine-tuning"])
+def test_each_epoch_of_a_classifier_draws_anew(stage, tmp_path, monkeypatch):
+    draws, crops_of = [], train_cifar.random_crops_of
+
+    def cropping(args, data, ids, g):
+        crops = crops_of(args, data, ids, g)
+        draws.append((ids.tolist(), crops, torch.initial_seed()))
+        return crops
+
+    monkeypatch.setattr(train_cifar, "random_crops_of", cropping)
+    if stage == "probe":
+        args, data = small("--probe-epochs", "2")
+        train_cifar.linear_probe(args, train_cifar.build_encoder(args), data)
+    else:
+        finetuned(monkeypatch, "--finetune-epochs", "2", "--out-dir", str(tmp_path))
+    (a, crops_a, seed_a), (b, *_), (c, crops_c, seed_c), (d, *_) = draws  # two steps, two epochs
+    assert len({*a, *b}) == len({*c, *d}) == 64 and {*a} != {*c} and a + b != c + d
+    assert not torch.equal(crops_a, crops_c)
+    seeds = [train_cifar.generator(0, stage, epoch, 0).initial_seed() for epoch in (0, 1)]
+    assert [seed_a, seed_c] == seeds  # of what else is drawn, by epoch and process
 
 
 def test_from_pretraining_to_finetuning_on_the_command_line(finished, tmp_path, capsys):
