@@ -1290,6 +1290,20 @@ def test_short_probes_go_to_the_log_and_change_nothing(finished, tmp_path):
     assert accuracies[::2] == ["", "", ""] and all(0 <= float(x) <= 100 for x in accuracies[1::2])
 
 
+def test_short_probes_are_not_time_of_pretraining(tmp_path, monkeypatch):
+    clock, offset = train_cifar.time.time, [0.0]
+
+    def probing(*args, **kwargs):
+        offset[0] += 1000
+        return 50.0
+
+    monkeypatch.setattr(train_cifar.time, "time", lambda: clock() + offset[0])
+    monkeypatch.setattr(train_cifar, "linear_probe", probing)
+    checkpoint = run(tmp_path, "--probe-every", "3", "--probe-epochs", "0")
+    assert offset == [2000] and checkpoint["seconds"] < 1000
+    assert max(column(tmp_path, "seconds")) < 1000
+
+
 @pytest.mark.parametrize("epochs, short", [("20", 2), ("3", 1)])
 def test_a_short_probe_takes_a_tenth_of_the_epochs(epochs, short, capsys):
     args, data = small("--probe-epochs", epochs)
@@ -1345,6 +1359,20 @@ def test_finetuning_decays_the_rate_from_layer_to_layer(checkpoint, decay, tmp_p
             assert scale[p] == pytest.approx(decay ** (3 - layer))
     lrs = {group["lr"] / group["lr_scale"] for group in optimizer.param_groups}
     assert max(lrs) == pytest.approx(min(lrs)) and optimizer.defaults["betas"] == (0.9, 0.999)
+
+
+def test_finetuning_reads_cls():
+    classifier = unsettle(train_cifar.Classifier(tiny_vit(), 5))
+    logits = classifier.head(classifier.encoder(random_images(3))[:, 0])
+    assert logits.shape == (3, 5) and torch.equal(classifier(random_images(3)), logits)
+
+
+def test_finetuning_warms_up_for_a_twentieth_of_the_epochs(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_cifar, "train_classifier", lambda *args: seen.append(args) or 1.0)
+    flags = ["--finetune-epochs", "100", "--finetune-blr", "1e-3", "--out-dir", str(tmp_path)]
+    assert finetuned(monkeypatch, *flags)[1] == 1.0
+    assert seen[0][3:5] == (100, 5) and 1e-3 * 32 / 256 in seen[0]
 
 
 @pytest.mark.parametrize("randaugment", [[], ["--randaugment"]])

@@ -562,10 +562,8 @@ def load_encoder(args, path: str) -> amt.ViT:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):         # in He et al.'s files
             saved = torch.load(path, map_location=DEVICE, weights_only=True)
-        saved = saved.get("model", saved)
-        if any(name.startswith("encoder.") for name in saved):               # a checkpoint.pth
-            saved = {name.removeprefix("encoder."): p for name, p in saved.items()
-                     if name.startswith("encoder.")}
+        saved = {name.removeprefix("encoder."): p for name, p in saved.get("model", saved).items()
+                 if not name.startswith(("decoder", "mask_token", "head."))}
         pos = saved["pos_embed"]                                             # (1, 1+n, D)
         side = math.isqrt(pos.shape[1] - 1)
         if side != encoder.grid_size:
@@ -577,8 +575,6 @@ def load_encoder(args, path: str) -> amt.ViT:
         fail(f"--checkpoint {path} cannot be read or holds no state dict of a ViT "
              f"({reason(error)}): give an encoder.pth or checkpoint.pth of this script, a state "
              f"dict of timm, or a file of He et al.")
-    saved = {name: p for name, p in saved.items()
-             if not name.startswith(("decoder", "mask_token", "head."))}
     theirs, ours = ({name: tuple(p.shape) for name, p in state.items()}
                     for state in (saved, encoder.state_dict()))
     misfits = [f"{name} {theirs.get(name, 'absent')}, here {ours.get(name, 'absent')}"
