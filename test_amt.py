@@ -1362,7 +1362,9 @@ def test_finetuning_decays_the_rate_from_layer_to_layer(checkpoint, decay, tmp_p
 
 
 def test_finetuning_reads_cls():
-    classifier = unsettle(train_cifar.Classifier(tiny_vit(), 5))
+    classifier = train_cifar.Classifier(tiny_vit(), 5)
+    assert 0 < classifier.head.weight.abs().max() < 1e-3 and not classifier.head.bias.any()
+    unsettle(classifier)
     logits = classifier.head(classifier.encoder(random_images(3))[:, 0])
     assert logits.shape == (3, 5) and torch.equal(classifier(random_images(3)), logits)
 
