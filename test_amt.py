@@ -749,6 +749,22 @@ def test_simmim_starts_from_its_encoder_as_it_is():
     }
 
 
+def test_simmim_is_initialised_as_mae_is():
+    torch.manual_seed(0)
+    vit = amt.ViT(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2)
+    simmim, bound = amt.SimMIM(vit), math.sqrt(6 / (64 + 192))
+    assert 0.98 * bound < simmim.head.weight.abs().max() <= bound and not simmim.head.bias.any()
+    assert simmim.mask_token.std().item() == pytest.approx(0.02, rel=0.3)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_loss_is_float32_under_autocast(model):
+    masked, _, visible = split(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, pred = MODELS[model]()(random_images(2), visible, masked)
+    assert loss.dtype == pred.dtype == torch.float32
+
+
 def literal_hog(image, cell, bins=9):
     """Histograms (C, cells, cells, bins) of an image (C, H, H), a pixel at a time."""
     C, H, _ = image.shape
@@ -785,6 +801,9 @@ def test_hog_bins_of_known_edges():
     for image, bin in [(ramp, 0), (ramp.T, 4), (ramp + ramp.T, 2), (ramp - ramp.T, 6)]:
         cells = cells_of(amt.hog(image[None, None], 8)[0], 2, 1)[0, 1:3, 1:3]  # of degrees 0, 90...
         assert (cells.argmax(dim=2) == bin).all()
+    image = torch.arange(-8.0, 8).repeat(16, 1)
+    image[:, 8] = -1e-9 * torch.arange(16)  # a hair below 180 degrees: float32's pi
+    assert cells_of(amt.hog(image[None, None], 8)[0], 2, 1)[0, 1, 2, 8] > 0
     up_side_down = amt.hog(-ramp[None, None], 8)  # unsigned
     torch.testing.assert_close(up_side_down, amt.hog(ramp[None, None], 8))
 
@@ -888,6 +907,15 @@ def test_a_block_is_a_rectangle_of_the_papers_size_and_shape():
     )
     assert sorted(aspects)[250] == pytest.approx(1, abs=0.15)
     assert {0, 1, 2, 3, 4, 5} <= set(tops) and {0, 1, 2, 3, 4, 5} <= set(lefts)
+
+
+def test_a_block_grows_from_its_centre_and_what_no_block_covers_is_at_random():
+    ranking = amt.block_wise(torch.ones(1000, 196), rng())
+    for place in (ranking[:, :12] // 14, ranking[:, :12] % 14):  # the others lie around the first
+        off = place.float().mean(dim=1) - place[:, 0]
+        assert off.abs().mean() < 0.7
+    in_order = (ranking[:, -3:].diff(dim=1) > 0).all(dim=1)
+    assert in_order.float().mean() < 0.3  # of three, 1/6
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1031,6 +1059,8 @@ def test_simmim_and_maskfeat_from_the_command_line(
     assert [step["ratios"] for step in steps] == 2 * [random] + 4 * [amt_ratios]
     assert all(step["ranking"].shape == (32, 16) for step in steps)  # of units of 2x2 patches
     assert checkpoint["model"]["head.weight"].shape == (targets, 192)
+    assert train_cifar.METHODS[method].amt[1] == (0.33, 0.50)
+    assert train_cifar.METHODS[method].scale == ({"simmim": 0.67, "maskfeat": 0.5}[method], 1.0)
     args = train_cifar.parse_args([*SMALL, *flags, "--masking", "random"])
     assert (args.mask_ratio, args.throw_ratio, args.mask_unit) == (*random, 2)
     encoder = amt.vit_tiny(img_size=32, patch_size=4, depth=1)  # the same as MAE's
@@ -1304,13 +1334,6 @@ def test_short_probes_are_not_time_of_pretraining(tmp_path, monkeypatch):
     assert max(column(tmp_path, "seconds")) < 1000
 
 
-@pytest.mark.parametrize("epochs, short", [("20", 2), ("3", 1)])
-def test_a_short_probe_takes_a_tenth_of_the_epochs(epochs, short, capsys):
-    args, data = small("--probe-epochs", epochs)
-    train_cifar.linear_probe(args, train_cifar.build_encoder(args), data, short=True)
-    assert capsys.readouterr().out.count("probe epoch ") == short
-
-
 def finetuned(monkeypatch, *flags, n=64, test=None):
     """Fine-tunes on colours; the pretrained encoder, accuracy, optimizer and model."""
     args = train_cifar.parse_args([*SMALL, "--depth", "2", "--finetune-epochs", "1", *flags])
@@ -1330,6 +1353,88 @@ def finetuned(monkeypatch, *flags, n=64, test=None):
     assert_same(dict(pretrained.state_dict()), before)
     model, optimizer = built
     return pretrained, accuracy, optimizer, model
+
+
+@pytest.mark.parametrize("randaugment", [[], ["--randaugment"]])
+def test_what_a_process_is_given_in_a_step_of_finetuning(randaugment, tmp_path, monkeypatch):
+    given, calls, augmented = [], [], []
+
+    def invert(image):
+        augmented.append((tuple(image.shape), image.dtype))
+        return 255 - image
+
+    def mix(images, labels):
+        given.append((images, labels))
+        return images, labels
+
+    monkeypatch.setattr(train_cifar, "WORLD_SIZE", 2)
+    monkeypatch.setattr(train_cifar, "RANK", 1)
+    monkeypatch.setattr(train_cifar, "wrap", lambda args, model: model)
+    monkeypatch.setattr(train_cifar.v2, "RandAugment", lambda: invert)
+    monkeypatch.setattr(train_cifar.v2, "RandomChoice", lambda mixes: mix)
+    monkeypatch.setattr(train_cifar, "train_classifier", lambda *args: calls.append(args) or 0.0)
+    flags = ["--finetune-epochs", "40", "--finetune-blr", "1e-2", "--out-dir", str(tmp_path)]
+    finetuned(monkeypatch, *flags, *randaugment)
+    stage, epochs, warmup, lr = *calls[0][2:5], calls[0][7]
+    assert (stage, epochs, warmup) == ("fine-tuning", 40, 2)
+    assert lr == pytest.approx(1e-2 * 64 / 256)  # by the batch of both
+    assert not (tmp_path / "finetuned.pth").exists()  # the first process writes it
+
+    ids, (pixels, labels) = torch.arange(50, 18, -1), colours(64)
+    calls[0][8](ids, rng())
+    own, theta = ids[16:], amt.random_crops(32, generator=rng())[16:]
+    crops = amt.crop(pixels[own].float(), theta, 32, "bicubic").clamp(0, 255)
+    if randaugment:
+        crops = 255 - crops.byte().float()
+    assert augmented == (16 * [((3, 32, 32), torch.uint8)] if randaugment else [])
+    torch.testing.assert_close(given[0][0], (crops - 127) / 100)
+    assert torch.equal(given[0][1], labels[own])
+
+
+def test_a_classifier_draws_anew_in_each_epoch_and_process(monkeypatch):
+    (args, data), draws, orders, rates = small(), [], [], []
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def batch_loss(ids, g):
+        draws.append(tuple(torch.rand(3).tolist()))
+        orders.append(ids.tolist())
+        rates.append(optimizer.param_groups[0]["lr"])
+        return model(torch.ones(1, 1)).sum()
+
+    def logits(images):
+        return torch.zeros(len(images), 10)
+
+    for rank in range(2):
+        monkeypatch.setattr(train_cifar, "RANK", rank)
+        stage = ["fine-tuning", 3, 1, model, optimizer, 0.8]
+        train_cifar.train_classifier(args, data, *stage, batch_loss, logits)
+    cosine = [0.4 + 0.4 * math.cos(math.pi * i / 4) for i in range(4)]
+    assert rates == pytest.approx(2 * [0, 0.4, *cosine])  # three epochs of two steps
+    assert len(set(draws)) == 12
+    assert orders[:6] == orders[6:]  # the batches of all processes
+    epochs = [orders[i] + orders[i + 1] for i in (0, 2, 4)]
+    assert all(len(set(ids)) == 64 for ids in epochs)
+    assert not any(a == b for a, b in itertools.combinations(epochs, 2))
+
+
+@pytest.mark.parametrize("epochs, short", [("30", 3), ("3", 1)])
+def test_a_short_probe_takes_a_tenth_of_the_epochs(epochs, short, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train_cifar, "train_classifier", lambda *args: calls.append(args) or 0.0)
+    args, data = small("--probe-epochs", epochs, "--probe-blr", "0.4")
+    train_cifar.linear_probe(args, ColourEncoder(), data)
+    train_cifar.linear_probe(args, ColourEncoder(), data, short=True)
+    assert [call[2:5] for call in calls] == [("probe", int(epochs), 0), ("probe", short, 0)]
+    assert all(call[7] == pytest.approx(0.05) for call in calls)
+
+
+def test_crops_for_a_classifier_are_pixels():
+    args, data = small()
+    crops = train_cifar.random_crops_of(args, data, torch.arange(32), rng())
+    theta = amt.random_crops(32, generator=rng())
+    expected = amt.crop(data.train[:32].float(), theta, 32, "bicubic").clamp(0, 255)
+    assert torch.equal(crops, expected) and crops.min() == 0 and crops.max() == 255
 
 
 def test_finetuning_starts_from_the_encoder_and_saves_with_timms_names(tmp_path, monkeypatch):
@@ -1367,14 +1472,6 @@ def test_finetuning_reads_cls():
     unsettle(classifier)
     logits = classifier.head(classifier.encoder(random_images(3))[:, 0])
     assert logits.shape == (3, 5) and torch.equal(classifier(random_images(3)), logits)
-
-
-def test_finetuning_warms_up_for_a_twentieth_of_the_epochs(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(train_cifar, "train_classifier", lambda *args: seen.append(args) or 1.0)
-    flags = ["--finetune-epochs", "100", "--finetune-blr", "1e-3", "--out-dir", str(tmp_path)]
-    assert finetuned(monkeypatch, *flags)[1] == 1.0
-    assert seen[0][3:5] == (100, 5) and 1e-3 * 32 / 256 in seen[0]
 
 
 @pytest.mark.parametrize("randaugment", [[], ["--randaugment"]])
@@ -1417,54 +1514,6 @@ def test_finetuning_mixes_smooths_and_crops(tmp_path, monkeypatch):
     assert (rise > 0).any() and (rise <= 0).any()  # flips
 
 
-def test_randaugment_comes_after_the_crop_image_by_image(tmp_path, monkeypatch):
-    crops, augmented, inputs = [], [], []
-    crops_of, forward = train_cifar.random_crops_of, train_cifar.Classifier.forward
-
-    def cropping(*args):
-        crops.append(crops_of(*args))
-        return crops[-1]
-
-    def invert(image):
-        augmented.append((tuple(image.shape), image.dtype))
-        return 255 - image
-
-    def seeing(self, images):
-        inputs.extend([images] if self.training else [])
-        return forward(self, images)
-
-    monkeypatch.setattr(train_cifar, "random_crops_of", cropping)
-    monkeypatch.setattr(train_cifar.v2, "RandAugment", lambda: invert)
-    monkeypatch.setattr(train_cifar.v2, "RandomChoice", lambda mixes: lambda *batch: batch)
-    monkeypatch.setattr(train_cifar.Classifier, "forward", seeing)
-    finetuned(monkeypatch, "--randaugment", "--out-dir", str(tmp_path))
-    assert augmented == 64 * [((3, 32, 32), torch.uint8)]
-    expected = (255 - torch.cat(crops).byte().float() - 127) / 100
-    torch.testing.assert_close(torch.cat(inputs), expected)
-
-
-@pytest.mark.parametrize("stage", ["probe", "fine-tuning"])
-def test_each_epoch_of_a_classifier_draws_anew(stage, tmp_path, monkeypatch):
-    draws, crops_of = [], train_cifar.random_crops_of
-
-    def cropping(args, data, ids, g):
-        crops = crops_of(args, data, ids, g)
-        draws.append((ids.tolist(), crops, torch.initial_seed()))
-        return crops
-
-    monkeypatch.setattr(train_cifar, "random_crops_of", cropping)
-    if stage == "probe":
-        args, data = small("--probe-epochs", "2")
-        train_cifar.linear_probe(args, train_cifar.build_encoder(args), data)
-    else:
-        finetuned(monkeypatch, "--finetune-epochs", "2", "--out-dir", str(tmp_path))
-    (a, crops_a, seed_a), (b, *_), (c, crops_c, seed_c), (d, *_) = draws  # two steps, two epochs
-    assert len({*a, *b}) == len({*c, *d}) == 64 and {*a} != {*c} and a + b != c + d
-    assert not torch.equal(crops_a, crops_c)
-    seeds = [train_cifar.generator(0, stage, epoch, 0).initial_seed() for epoch in (0, 1)]
-    assert [seed_a, seed_c] == seeds  # of what else is drawn, by epoch and process
-
-
 def test_from_pretraining_to_finetuning_on_the_command_line(finished, tmp_path, capsys):
     # The probe and the fine-tuning of a saved encoder are those at the end of its run.
     run(copy(finished, tmp_path), "--resume", "--finetune-epochs", "1")
@@ -1484,6 +1533,8 @@ def test_from_scratch_there_is_no_probe_unless_asked_for(tmp_path, capsys):
     train_cifar.main([*flags, "--checkpoint", "none", "--epochs", "0", "--out-dir", str(tmp_path)])
     out = capsys.readouterr().out
     assert "fine-tuning: " in out and "probe" not in out
+    flags = ["--checkpoint", "none", "--epochs", "0", "--probe-epochs", "3"]
+    assert train_cifar.parse_args(flags).probe_epochs == 3
     assert {path.name for path in tmp_path.iterdir()} == {"finetuned.pth"}
 
 
@@ -1526,6 +1577,16 @@ def test_positions_of_another_grid_are_interpolated(tmp_path):
     expected = torch.stack([line.expand(8, 8), line[:, None].expand(8, 8)], dim=2)[1:-1, 1:-1]
     torch.testing.assert_close(inner, expected, rtol=0, atol=0.02)
     assert_same(loaded.blocks.state_dict(), large.blocks.state_dict())
+
+
+def test_positions_are_interpolated_as_in_timm(tmp_path):
+    layers = pytest.importorskip("timm.layers")
+    large = amt.vit_tiny(img_size=64, patch_size=4, depth=1)
+    large.pos_embed.data = torch.randn(large.pos_embed.shape, generator=rng())
+    save_as("encoder", large, tmp_path / "large.pth")
+    loaded = train_cifar.load_encoder(small()[0], tmp_path / "large.pth")
+    expected = layers.resample_abs_pos_embed(large.pos_embed.data, [8, 8])
+    torch.testing.assert_close(loaded.pos_embed.data, expected)
 
 
 @pytest.mark.parametrize(
@@ -1634,6 +1695,27 @@ def test_train_on_a_folder_from_the_command_line(tmp_path, capsys):
     assert picture.shape == (4 * 132 + 4, 6 * 132 + 4, 3)
 
 
+@pytest.mark.parametrize(
+    "strategy, updated, used",
+    [
+        ("attmask", True, "attmask"),
+        ("attmask", False, "random"),
+        ("attention", True, "attention"),
+        ("grid", False, "grid"),
+    ],
+)
+def test_the_picture_shows_the_strategy(strategy, updated, used, tmp_path, monkeypatch):
+    names = []
+    for name, rank in list(amt.STRATEGIES.items()):
+        monkeypatch.setitem(
+            amt.STRATEGIES, name, lambda *args, n=name, rank=rank: names.append(n) or rank(*args)
+        )
+    flags = ["--masking", strategy, "--method", "simmim", "--out-dir", str(tmp_path)]
+    args, data = small(*flags)
+    train_cifar.save_masking(args, train_cifar.build_model(args), data, updated)
+    assert names == [used]
+
+
 def test_pictures_are_of_images_from_all_over_the_test_set():
     test = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).expand(-1, 3, 2, 2)
     shown = small()[1]._replace(test=test).shown[:, 0, 0, 0]
@@ -1677,7 +1759,8 @@ def test_stl10_pretrains_on_all_and_probes_on_those_with_labels(tmp_path, monkey
             )
 
     monkeypatch.setattr(train_cifar, "STL10", Fake)
-    args = train_cifar.parse_args(["--dataset", "stl10", "--data-path", str(tmp_path)])
+    flags = ["--dataset", "stl10", "--data-path", str(tmp_path)]
+    args = train_cifar.parse_args(flags)
     assert (args.img_size, args.patch_size) == (96, 8)
     data = train_cifar.load_data(args)
     assert torch.equal(data.train, torch.from_numpy(pixels))
@@ -1686,6 +1769,9 @@ def test_stl10_pretrains_on_all_and_probes_on_those_with_labels(tmp_path, monkey
     assert downloads[0][1] and not any(download for _, download in downloads[1:])
     args = train_cifar.parse_args(["--dataset", "stl10", "--img-size", "48"])
     assert train_cifar.load_data(args).train.shape == (9, 3, 48, 48)
+
+    line = error(*flags, "--batch-size", 5, "--out-dir", tmp_path / "out")
+    assert "a batch of 5 is more than the 4 training images with labels" in line
 
     # The probe takes the labelled ones alone.
     args = train_cifar.parse_args(["--batch-size", "4", "--probe-epochs", "2", "--img-size", "96"])
