@@ -841,6 +841,8 @@ def test_attmask_and_mst_are_exact_orders():
     weights = torch.tensor([[0.2, 0.9, 0.0, 0.5], [3.0, 1.0, 2.0, 0.1]])
     assert amt.highest_first(weights).tolist() == [[1, 3, 0, 2], [0, 2, 1, 3]]
     assert amt.lowest_first(weights).tolist() == [[2, 0, 3, 1], [3, 1, 2, 0]]
+    for rank in (amt.highest_first, amt.lowest_first):  # the same on each device
+        assert torch.equal(rank(torch.zeros(2, 5000)), torch.arange(5000).expand(2, -1))
 
 
 def test_random_ranking_is_uniform_whatever_the_weights():
@@ -1380,7 +1382,7 @@ def test_what_a_process_is_given_in_a_step_of_finetuning(randaugment, tmp_path, 
     assert lr == pytest.approx(1e-2 * 64 / 256)  # by the batch of both
     assert not (tmp_path / "finetuned.pth").exists()  # the first process writes it
 
-    ids, (pixels, labels) = torch.arange(50, 18, -1), colours(64)
+    ids, (pixels, labels) = torch.randperm(64, generator=rng())[:32], colours(64)
     calls[0][8](ids, rng())
     own, theta = ids[16:], amt.random_crops(32, generator=rng())[16:]
     crops = amt.crop(pixels[own].float(), theta, 32, "bicubic").clamp(0, 255)
@@ -1474,11 +1476,10 @@ def test_finetuning_reads_cls():
     assert logits.shape == (3, 5) and torch.equal(classifier(random_images(3)), logits)
 
 
-@pytest.mark.parametrize("randaugment", [[], ["--randaugment"]])
-def test_finetuning_learns_and_counts_each_test_image(randaugment, tmp_path, monkeypatch):
+def test_finetuning_learns_and_counts_each_test_image(tmp_path, monkeypatch):
     images, labels = colours(37)
     labels[36] += 1  # labelled wrongly: 36 of 37 are right
-    flags = ["--batch-size", "16", "--finetune-epochs", "6", "--finetune-blr", "3e-2", *randaugment]
+    flags = ["--batch-size", "16", "--finetune-epochs", "6", "--finetune-blr", "3e-2"]
     accuracy = finetuned(
         monkeypatch, *flags, "--out-dir", str(tmp_path), n=160, test=(images, labels)
     )[1]
@@ -1509,7 +1510,6 @@ def test_finetuning_mixes_smooths_and_crops(tmp_path, monkeypatch):
     train = torch.cat([images for images, training in inputs if training])
     rows_alike = (train - train[:, :, :1]).abs().amax(dim=(1, 2, 3)) < 1e-3
     assert 0.2 < rows_alike.float().mean() < 0.9  # CutMix pastes in boxes, MixUp does not
-    assert not torch.equal(targets[0][0], targets[4][0])  # each epoch anew
     rise = (train[:, :, 0, -1] - train[:, :, 0, 0]).amax(dim=1)[rows_alike]
     assert (rise > 0).any() and (rise <= 0).any()  # flips
 
