@@ -38,7 +38,7 @@ A step of AMT, on the images `ids` of a data set (n, 3, H, H) and of its maps (n
 
 with `mae = MAE(vit_base())` and, at that interval, `maps = masking_weights(mae.encoder, images)`,
 batch by batch. Until the first time, and for the baseline, masking is random: 0.75 masked, nothing
-thrown, by `ranking = torch.rand(B, N).argsort(dim=1)`. SimMIM and MaskFeat mask units of u x u
+thrown, by `ranking = sample_patches(torch.ones(B, N))`. SimMIM and MaskFeat mask units of u x u
 patches, at random 0.60 and 0.40 of them. With SimMIM(vit_base()) and u = 2 the middle becomes
 
     ranking = sample_patches(crop_weights(maps[ids], theta, H, u * p))            # of units
@@ -563,7 +563,7 @@ class SimMIM(nn.Module):
 
 def random_ranking(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Uniformly at random: He et al., 2022 (MAE), Xie et al., 2022 (SimMIM)."""
-    return torch.rand(weights.shape, generator=generator, device=weights.device).argsort(dim=1)
+    return sample_patches(torch.ones_like(weights), generator)
 
 
 def highest_first(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
