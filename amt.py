@@ -582,7 +582,7 @@ def grid_wise(weights: Tensor, generator: torch.Generator | None = None) -> Tens
     Raises ValueError if N is not a square.
     """
     (B, N), device = weights.shape, weights.device
-    place, h = torch.arange(N, device=device), grid_side(weights.shape[1])
+    place, h = torch.arange(N, device=device), grid_side(N)
     row, column = place // h % 2, place % h % 2          # 0 or 1: even or odd
     order = 2 * (row != column) + row                    # first both even, then both odd
     return (order + torch.rand(B, N, generator=generator, device=device)).argsort(dim=1)
