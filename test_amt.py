@@ -1407,14 +1407,14 @@ def test_a_classifier_draws_anew_in_each_epoch_and_process(monkeypatch):
     def logits(images):
         return torch.zeros(len(images), 10)
 
-    for rank in range(2):
+    for rank in (0, 1, 0):
         monkeypatch.setattr(train_cifar, "RANK", rank)
         stage = ["fine-tuning", 3, 1, model, optimizer, 0.8]
         train_cifar.train_classifier(args, data, *stage, batch_loss, logits)
     cosine = [0.4 + 0.4 * math.cos(math.pi * i / 4) for i in range(4)]
-    assert rates == pytest.approx(2 * [0, 0.4, *cosine])  # three epochs of two steps
-    assert len(set(draws)) == 12
-    assert orders[:6] == orders[6:]  # the batches of all processes
+    assert rates == pytest.approx(3 * [0, 0.4, *cosine])  # three epochs of two steps
+    assert len(set(draws)) == 12 and draws[:6] == draws[12:]
+    assert orders[:6] == orders[6:12] == orders[12:]  # the batches of all processes
     epochs = [orders[i] + orders[i + 1] for i in (0, 2, 4)]
     assert all(len(set(ids)) == 64 for ids in epochs)
     assert not any(a == b for a, b in itertools.combinations(epochs, 2))
