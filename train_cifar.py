@@ -118,7 +118,7 @@ class Data(NamedTuple):
         return self.test[ids.to(DEVICE)]
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        return (pixels.clamp(0, 255) - self.mean) / self.std     # a bicubic crop overshoots
+        return (pixels - self.mean) / self.std
 
 
 def load_data(args) -> Data:
@@ -299,21 +299,38 @@ def my_rows(batch: Tensor) -> slice:
     return slice(RANK * n, (RANK + 1) * n)
 
 
+def my_batches(args, n: int):
+    """Slices of n images that go over those of this process, once each and in order."""
+    for i in range(RANK * args.batch_size, n, WORLD_SIZE * args.batch_size):
+        yield slice(i, i + args.batch_size)
+
+
+def crop_images(args, data: Data, ids: Tensor, theta: Tensor) -> Tensor:
+    """The areas theta (B, 2, 3) of the training images ids (B,): pixels (B, 3, H, H), 0 to 255."""
+    crops = amt.crop(data.train[ids].float(), theta, args.img_size, "bicubic")
+    return crops.clamp(0, 255)                                   # bicubic overshoots
+
+
+def policy(args, updated: bool) -> tuple[Callable, tuple[float, float]]:
+    """The strategy and its ratios: what goes by attention is random until there are maps of it."""
+    if args.masking in BY_ATTENTION and not updated:
+        return amt.STRATEGIES["random"], METHODS[args.method].random
+    return amt.STRATEGIES[args.masking], (args.mask_ratio, args.throw_ratio)
+
+
 def make_batch(args, data: Data, maps: Tensor | None, ids: Tensor, g: torch.Generator):
     """This process's share of the batch `ids`: cropped images (B, 3, H, H) and a ranking (B, N) of
     their units. `maps` (n, h, w) are the weights of all training images; None: no update yet."""
     mine = my_rows(ids)
     own = ids[mine]
     theta = amt.random_crops(len(ids), METHODS[args.method].scale, generator=g)
-    images = amt.crop(data.train[own].float(), theta[mine], args.img_size, "bicubic")
+    images = crop_images(args, data, own, theta[mine])
     weights = torch.ones(len(ids), args.num_units, device=DEVICE)
-    strategy = args.masking
     if maps is not None:
         unit = args.mask_unit * args.patch_size                  # in pixels
         weights[mine] = amt.crop_weights(maps[own], theta[mine], args.img_size, unit)
-    elif strategy in BY_ATTENTION:
-        strategy = "random"
-    return data.normalise(images), amt.STRATEGIES[strategy](weights, g)[mine]
+    strategy, _ = policy(args, maps is not None)
+    return data.normalise(images), strategy(weights, g)[mine]
 
 
 def train_step(args, model: nn.Module, optimizer, images: Tensor, ranking: Tensor,
@@ -337,11 +354,10 @@ def update_maps(args, encoder: amt.ViT, data: Data) -> Tensor:
     """The masking weights (n, h, w) of all training images, whole, each process doing its share."""
     h = encoder.grid_size
     maps = torch.zeros(len(data.train), h, h, device=DEVICE)
-    for i in range(RANK * args.batch_size, len(maps), WORLD_SIZE * args.batch_size):
-        batch = slice(i, i + args.batch_size)
+    for batch in my_batches(args, len(maps)):
         with precision(args):
             maps[batch] = amt.masking_weights(encoder, data.normalise(data.train[batch].float()))
-        progress(f"new attention maps: image {i} of {len(maps)}")
+        progress(f"new attention maps: image {batch.start} of {len(maps)}")
     return all_sum(maps)                                         # 0 here: another process's
 
 
@@ -371,10 +387,7 @@ def pretrain(args, data: Data) -> amt.ViT:
             run["snapshots"].append(amt.masking_weights(model.encoder, shown))
             save_attention(args, data, run["snapshots"])
             update_seconds = time.time() - epoch_started
-        ratios = args.mask_ratio, args.throw_ratio
-        if args.masking in BY_ATTENTION and run["maps"] is None:             # no update yet
-            ratios = METHODS[args.method].random
-
+        _, ratios = policy(args, run["maps"] is not None)
         g = generator(args.seed, "pretrain", epoch)
         order = torch.randperm(len(data.train), generator=g, device=DEVICE)
         losses = torch.zeros(steps, device=DEVICE)
@@ -459,8 +472,7 @@ def train_classifier(args, data: Data, stage: str, epochs: int, warmup: int, mod
     model.eval()
     right = torch.zeros((), dtype=torch.int64, device=DEVICE)
     with torch.no_grad():
-        for i in range(RANK * args.batch_size, len(data.test), WORLD_SIZE * args.batch_size):
-            own = slice(i, i + args.batch_size)
+        for own in my_batches(args, len(data.test)):
             predicted = logits(data.normalise(data.test[own].float())).argmax(dim=1)
             right += (predicted == data.test_labels[own]).sum()
     return 100 * all_sum(right).item() / len(data.test)
@@ -469,8 +481,7 @@ def train_classifier(args, data: Data, stage: str, epochs: int, warmup: int, mod
 def random_crops_of(args, data: Data, ids: Tensor, g: torch.Generator) -> Tensor:
     """Crops (B, 3, H, H), 0 to 255, of this process's rows of the batch `ids`."""
     mine, theta = my_rows(ids), amt.random_crops(len(ids), generator=g)
-    crops = amt.crop(data.train[ids[mine]].float(), theta[mine], args.img_size, "bicubic")
-    return crops.clamp(0, 255)
+    return crop_images(args, data, ids[mine], theta[mine])
 
 
 def linear_probe(args, encoder: amt.ViT, data: Data, short: bool = False) -> float:
@@ -708,7 +719,7 @@ def save_attention(args, data: Data, snapshots: list[Tensor]):
 
 
 @torch.no_grad()
-def save_masking(args, model: amt.MAE, data: Data, by_attention: bool):
+def save_masking(args, model: amt.MAE, data: Data, updated: bool):
     """masking.png: eight test images, their attention, what is masked (grey) and thrown (black),
     and, where pixels are predicted, the reconstruction; MAE's predictions, which are normalised
     patch by patch, get each patch's mean and contrast back."""
@@ -716,8 +727,7 @@ def save_masking(args, model: amt.MAE, data: Data, by_attention: bool):
     images = data.normalise(data.shown.float())
     maps = amt.masking_weights(model.encoder, images)
     weights = amt.patchify(maps[:, None], args.mask_unit).sum(dim=2)         # (8, N)
-    strategy = amt.STRATEGIES[args.masking if by_attention or args.masking not in BY_ATTENTION
-                              else "random"]
+    strategy, _ = policy(args, updated)
     ranking = strategy(weights, generator(args.seed, "picture"))
     masked, thrown, visible = split(args, ranking, (args.mask_ratio, args.throw_ratio))
     _, pred = model(images, visible, masked)
