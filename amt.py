@@ -313,8 +313,8 @@ def masking_weights(vit: nn.Module, images: Tensor) -> Tensor:
 
 def random_crops(n: int, scale: tuple[float, float] = (0.2, 1.0),
                  ratio: tuple[float, float] = (3 / 4, 4 / 3),
-                 generator: torch.Generator | None = None) -> Tensor:
-    """Random resized crops and horizontal flips of n square images, as affine maps theta (n, 2, 3).
+                 generator: torch.Generator | None = None, image_ratio: float = 1.0) -> Tensor:
+    """Random resized crops and horizontal flips of n images, as affine maps theta (n, 2, 3).
 
     RandomResizedCrop and RandomHorizontalFlip for a whole batch at once: a crop's share of the area
     is uniform in `scale`, the logarithm of its width / height uniform between those of `ratio`, and
@@ -322,11 +322,12 @@ def random_crops(n: int, scale: tuple[float, float] = (0.2, 1.0),
     shortened to it (torchvision draws again instead). theta is what
     `torch.nn.functional.affine_grid` takes: it maps coordinates of the crop, -1 to 1 from edge to
     edge, to those of the image. It lies on the generator's device, on the CPU if none is given.
+    `image_ratio` is the images' own width / height: 1 for square ones.
     """
     device = generator.device if generator else None
     area, aspect, x, y, flip = torch.rand(5, n, generator=generator, device=device)
     area = scale[0] + (scale[1] - scale[0]) * area
-    aspect = ratio[0] * (ratio[1] / ratio[0]) ** aspect
+    aspect = ratio[0] * (ratio[1] / ratio[0]) ** aspect / image_ratio        # of shares of the sides
     width = (area * aspect).sqrt().clamp(max=1)                              # 1: the whole side
     height = (area / aspect).sqrt().clamp(max=1)
     theta = torch.zeros(n, 2, 3, device=device)

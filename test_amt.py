@@ -1020,6 +1020,8 @@ def test_run_writes_its_files(finished):
         "log.csv",
         "attention.png",
         "masking.png",
+        "probe-checkpoint.pth",
+        "probe-log.csv",
     }
     assert logged_epochs(out_dir) == list(range(1, 7))
     encoder = amt.vit_tiny(img_size=32, patch_size=4, depth=1)
@@ -1062,7 +1064,6 @@ def test_simmim_and_maskfeat_from_the_command_line(
     assert all(step["ranking"].shape == (32, 16) for step in steps)  # of units of 2x2 patches
     assert checkpoint["model"]["head.weight"].shape == (targets, 192)
     assert train_cifar.METHODS[method].amt[1] == (0.33, 0.50)
-    assert train_cifar.METHODS[method].scale == ({"simmim": 0.67, "maskfeat": 0.5}[method], 1.0)
     args = train_cifar.parse_args([*SMALL, *flags, "--masking", "random"])
     assert (args.mask_ratio, args.throw_ratio, args.mask_unit) == (*random, 2)
     encoder = amt.vit_tiny(img_size=32, patch_size=4, depth=1)  # the same as MAE's
@@ -1087,20 +1088,22 @@ def test_units_are_masked_thrown_and_seen_as_a_whole():
 @pytest.mark.parametrize("strategy", amt.STRATEGIES)
 def test_each_strategy_ranks_by_the_maps_or_without(strategy, method, unit):
     args, data = small("--masking", strategy, "--method", method)
-    scale = {"mae": (0.2, 1.0), "simmim": (0.67, 1.0)}[method]
     maps, ids = torch.rand(70, 8, 8, generator=rng()), torch.arange(32)
-    theta = amt.random_crops(32, scale, generator=rng())
+    theta = amt.random_crops(32, generator=rng())
     weights = amt.crop_weights(maps[:32], theta, 32, unit)
-    g = rng()
-    amt.random_crops(32, generator=g)
-    expected = amt.STRATEGIES[strategy](weights, g)
-    assert torch.equal(train_cifar.make_batch(args, data, maps, ids, rng())[1], expected)
+    expected = amt.STRATEGIES[strategy](weights, rng())
+    assert torch.equal(ranked(args, data, maps, ids, theta), expected)
     # Before the first update, those by attention are at random.
-    g = rng()
-    amt.random_crops(32, generator=g)
     first = strategy if strategy in ("block", "grid") else "random"
-    expected = amt.STRATEGIES[first](torch.ones_like(weights), g)
-    assert torch.equal(train_cifar.make_batch(args, data, None, ids, rng())[1], expected)
+    expected = amt.STRATEGIES[first](torch.ones_like(weights), rng())
+    assert torch.equal(ranked(args, data, None, ids, theta), expected)
+
+
+def ranked(args, data, maps, ids, theta, rows=slice(0, 32)):
+    """The ranking of units that pretraining draws."""
+    stage = train_cifar.Pretraining(args, data)
+    stage.run["maps"] = maps
+    return stage.rank(ids, theta, rows, rng())
 
 
 @pytest.mark.parametrize("strategy", ["attmask", "mst", "block", "grid"])
@@ -1117,21 +1120,29 @@ def test_updates_are_for_the_strategies_by_attention(strategy, tmp_path, monkeyp
 
 def record(monkeypatch):
     """Has each step of a run write down what it was given and what it drew."""
-    steps, make_batch, train_step = [], train_cifar.make_batch, train_cifar.train_step
+    steps, stage = [], train_cifar.Pretraining
+    loss, rank, split = stage.loss, stage.rank, train_cifar.split
 
-    def recording_batch(args, data, maps, ids, g):
-        images, ranking = make_batch(args, data, maps, ids, g)
-        steps.append({"maps": maps, "ids": ids.tolist(), "ranking": ranking})
-        return images, ranking
+    def recording_loss(self, ids, images, theta, rows, g):
+        lr = self.optimizer.param_groups[0]["lr"]
+        step = {"maps": self.run["maps"], "ids": ids.tolist(), "lr": lr, "theta": theta}
+        steps.append(step)
+        result = loss(self, ids, images, theta, rows, g)
+        step["loss"] = result.item()
+        return result
 
-    def recording_step(args, model, optimizer, images, ranking, ratios):
-        lr = optimizer.param_groups[0]["lr"]
-        loss = train_step(args, model, optimizer, images, ranking, ratios)
-        steps[-1].update(ratios=ratios, lr=lr, loss=loss.item())
-        return loss
+    def recording_rank(self, *args):
+        steps[-1]["ranking"] = rank(self, *args)
+        return steps[-1]["ranking"]
 
-    monkeypatch.setattr(train_cifar, "make_batch", recording_batch)
-    monkeypatch.setattr(train_cifar, "train_step", recording_step)
+    def recording_split(args, ranking, ratios):
+        if steps and "ratios" not in steps[-1]:
+            steps[-1]["ratios"] = ratios
+        return split(args, ranking, ratios)
+
+    monkeypatch.setattr(stage, "loss", recording_loss)
+    monkeypatch.setattr(stage, "rank", recording_rank)
+    monkeypatch.setattr(train_cifar, "split", recording_split)
     return steps
 
 
@@ -1139,7 +1150,7 @@ def test_schedule_of_a_run(tmp_path, monkeypatch):
     steps = record(monkeypatch)
     saved = []
     monkeypatch.setattr(
-        train_cifar, "save_checkpoint", lambda *args: saved.append(args[-1]["epoch"])
+        train_cifar, "save_checkpoint", lambda stage: saved.append(stage.run["epoch"])
     )
     flags = ["--blr", "8e-3", "--save-every", "4", "--probe-epochs", "0"]
     train_cifar.main([*SMALL, *flags, "--out-dir", str(tmp_path)])
@@ -1179,21 +1190,23 @@ def test_random_masking_never_updates(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_train_step_learns_from_the_split_of_its_ranking(precision):
+def test_the_loss_is_of_the_split_of_the_ranking(precision):
     args, data = small("--precision", precision)
-    model = train_cifar.build_model(args)
-    optimizer = train_cifar.build_optimizer(model)
-    train_cifar.set_lr(optimizer, 1e-3, 0, 1)
-    assert model.norm_pix_loss
-    images, ranking = train_cifar.make_batch(args, data, None, torch.arange(32), rng())
-    masked, _, visible = amt.mask_and_throw(ranking, 0.45, 0.40)
-    expected = model(images, visible, masked)[0].item()
-    losses = [
-        train_cifar.train_step(args, model, optimizer, images, ranking, (0.45, 0.40)).item()
-        for _ in range(20)
-    ]
-    assert (losses[0] == expected) == (precision == "fp32")
-    assert losses[0] == pytest.approx(expected, rel=0.01) and losses[-1] < 0.9 * losses[0]
+    stage = train_cifar.Pretraining(args, data)
+    stage.run["maps"] = torch.rand(70, 8, 8, generator=rng()).half()
+    ids, theta = torch.arange(32), amt.random_crops(32, generator=rng(1))
+    images = data.train[:32].float()
+    masked, _, visible = amt.mask_and_throw(stage.rank(ids, theta, slice(0, 32), rng()), 0.45, 0.40)
+    assert stage.model.norm_pix_loss
+    expected = stage.model(data.normalise(images), visible, masked)[0].item()
+    loss = stage.loss(ids, images, theta, slice(0, 32), rng()).item()
+    assert (loss == expected) == (precision == "fp32")
+    assert loss == pytest.approx(expected, rel=0.01)
+
+
+def test_training_learns(finished):
+    losses = column(finished[0], "loss")
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def small(*flags):
@@ -1211,46 +1224,65 @@ def test_maps_are_the_weights_of_the_whole_images_in_order():
     for i in (0, 31, 32, 69):  # in and between batches of 32
         image = (data.train[i : i + 1].float() - data.mean) / data.std
         torch.testing.assert_close(
-            maps[i : i + 1], amt.masking_weights(encoder, image), rtol=1e-3, atol=1e-4
+            maps[i : i + 1].float(), amt.masking_weights(encoder, image), rtol=1e-3, atol=5e-4
         )
+
+
+def drawn(args, data, order, scale=(0.2, 1.0), mine=None):
+    """Ids, crops and thetas of training images, in one batch each."""
+    mine = torch.arange(len(order)) if mine is None else mine
+    batches = data.crops(args, scale, False, order, mine, rng())
+    return [torch.cat(parts) for parts in zip(*batches)]
 
 
 def test_a_ranking_follows_the_maps_of_its_own_images():
     # Each map has one hot cell: a patch that shows some of it is ranked first, where there is one.
     # Not so if the maps were another image's, or cropped differently.
-    args, data = small()
+    args, data = small("--batch-size", "64")
     maps = torch.zeros(70, 8, 8)
     maps[torch.arange(70), torch.arange(70) % 8, torch.arange(70) // 9] = 1
-    ids = torch.arange(69, 5, -1)
-    images, ranking = train_cifar.make_batch(args, data, maps, ids, rng())
-    theta = amt.random_crops(64, generator=rng())
+    order = torch.arange(69, 5, -1)
+    ids, images, theta = drawn(args, data, order)
+    assert torch.equal(ids, order)
+    ranking = ranked(args, data, maps, ids, theta, slice(0, 64))
+    assert torch.equal(theta, amt.random_crops(64, generator=rng()))
     expected = amt.crop_weights(maps[ids], theta, 32, 4)
     top_weight = expected.gather(1, ranking[:, :1])[:, 0]
     assert (top_weight > 0).eq(expected.amax(dim=1) > 0).all()
     shown = amt.crop(data.train[ids].float(), theta, 32, "bicubic").clamp(0, 255)
-    torch.testing.assert_close(images, (shown - data.mean) / data.std)
+    torch.testing.assert_close(images, shown)
 
 
-def test_draws_do_not_depend_on_the_number_of_processes(monkeypatch):
+def test_draws_do_not_depend_on_how_the_batch_is_divided():
     args, data = small()
-    maps, ids = torch.rand(70, 8, 8, generator=rng()), torch.arange(3, 35)
-    images, ranking = train_cifar.make_batch(args, data, maps, ids, rng())
-    monkeypatch.setattr(train_cifar, "WORLD_SIZE", 2)
-    parts = []
-    for rank in range(2):
-        monkeypatch.setattr(train_cifar, "RANK", rank)
-        parts.append(train_cifar.make_batch(args, data, maps, ids, rng()))
-    torch.testing.assert_close(torch.cat([part[0] for part in parts]), images)
-    assert torch.equal(torch.cat([part[1] for part in parts]), ranking)
+    maps, order = torch.rand(70, 8, 8, generator=rng()), torch.arange(3, 35)
+    ids, images, theta = drawn(args, data, order)
+    ranking = ranked(args, data, maps, ids, theta)
+    args.batch_size = 16  # and global_batch is 32: two processes, or two batches to a step
+    for rows in (slice(0, 16), slice(16, 32)):
+        part = drawn(args, data, order, mine=torch.arange(32)[rows])
+        assert torch.equal(part[0], ids[rows]) and torch.equal(part[2], theta[rows])
+        torch.testing.assert_close(part[1], images[rows])
+        assert torch.equal(ranked(args, data, maps, part[0], part[2], rows), ranking[rows])
+
+
+@pytest.mark.parametrize("method, low", [("mae", 0.2), ("simmim", 0.67), ("maskfeat", 0.5)])
+def test_crops_are_of_the_methods_scale(method, low, tmp_path, monkeypatch):
+    steps = record(monkeypatch)
+    flags = ["--method", method, "--epochs", "1", "--update-interval", "1", "--probe-epochs", "0"]
+    run(tmp_path, *flags, "--warmup-epochs", "0", "--num-images", "320")
+    theta = torch.cat([step["theta"] for step in steps])
+    area = (theta[:, 0, 0] * theta[:, 1, 1]).abs()
+    assert low * 0.7 < area.min() < low + 0.1 and area.max() > 0.9
 
 
 def test_epochs_and_stages_draw_differently():
     first = [
         torch.rand(4, generator=train_cifar.generator(*key))
-        for key in [(0, "pretrain", 0), (0, "pretrain", 1), (1, "pretrain", 0), (0, "probe", 0)]
+        for key in [(0, "probe", 0), (0, "probe", 1), (1, "probe", 0), (0, "fine-tuning", 0)]
     ]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(first, 2))
-    assert torch.equal(first[1], torch.rand(4, generator=train_cifar.generator(0, "pretrain", 1)))
+    assert torch.equal(first[1], torch.rand(4, generator=train_cifar.generator(0, "probe", 1)))
 
 
 def test_weight_decay_is_for_matrices():
@@ -1288,7 +1320,7 @@ class ColourEncoder(nn.Module):
         return torch.stack([cls, noise], dim=1)
 
 
-def test_probe_trains_a_linear_layer_alone_and_counts_each_test_image():
+def test_probe_trains_a_linear_layer_alone_and_counts_each_test_image(tmp_path):
     args, _ = small("--batch-size", "16", "--probe-epochs", "10", "--probe-blr", "8")
     images, labels = colours(200)
     one_class, test_labels = images[0:1].expand(37, -1, -1, -1), torch.zeros(37, dtype=torch.int64)
@@ -1296,7 +1328,10 @@ def test_probe_trains_a_linear_layer_alone_and_counts_each_test_image():
     mean, std = torch.full((3, 1, 1), 127.0), torch.full((3, 1, 1), 100.0)
     data = train_cifar.Data(images, labels, one_class, test_labels, mean, std)
     encoder = ColourEncoder().train()
-    assert train_cifar.linear_probe(args, encoder, data) == pytest.approx(100 * 36 / 37)
+    args.out_dir = tmp_path
+    probe = train_cifar.LinearProbe(args, data, encoder)
+    train_cifar.fit(probe)
+    assert probe.accuracy() == pytest.approx(100 * 36 / 37)
     assert encoder.scale.item() == 1 and encoder.scale.grad is None
 
     train, test = torch.cat(encoder.seen[: 10 * 12]), torch.cat(encoder.seen[10 * 12 :])
@@ -1325,134 +1360,161 @@ def test_short_probes_go_to_the_log_and_change_nothing(finished, tmp_path):
 def test_short_probes_are_not_time_of_pretraining(tmp_path, monkeypatch):
     clock, offset = train_cifar.time.time, [0.0]
 
-    def probing(*args, **kwargs):
+    def probing(self):
         offset[0] += 1000
         return 50.0
 
     monkeypatch.setattr(train_cifar.time, "time", lambda: clock() + offset[0])
-    monkeypatch.setattr(train_cifar, "linear_probe", probing)
+    monkeypatch.setattr(train_cifar.LinearProbe, "accuracy", probing)
     checkpoint = run(tmp_path, "--probe-every", "3", "--probe-epochs", "0")
     assert offset == [2000] and checkpoint["seconds"] < 1000
     assert max(column(tmp_path, "seconds")) < 1000
 
 
-def finetuned(monkeypatch, *flags, n=64, test=None):
-    """Fine-tunes on colours; the pretrained encoder, accuracy, optimizer and model."""
-    args = train_cifar.parse_args([*SMALL, "--depth", "2", "--finetune-epochs", "1", *flags])
+def finetuning(tmp_path, *flags, n=64, test=None):
+    """Fine-tuning on colours, not yet begun, and the encoder that it starts from."""
+    args = train_cifar.parse_args(
+        [*SMALL, "--depth", "2", "--finetune-epochs", "1", "--out-dir", str(tmp_path), *flags]
+    )
     mean, std = torch.full((3, 1, 1), 127.0), torch.full((3, 1, 1), 100.0)
     data = train_cifar.Data(*colours(n), *(test or colours(37)), mean, std)
-    built, build_optimizer = [], train_cifar.build_optimizer
-
-    def building(model, *args):
-        built[:] = model, build_optimizer(model, *args)
-        return built[1]
-
-    monkeypatch.setattr(train_cifar, "build_optimizer", building)
     pretrained = unsettle(amt.vit_tiny(img_size=32, patch_size=4, depth=2))
-    before = {name: p.clone() for name, p in pretrained.state_dict().items()}
-    args.out_dir.mkdir(exist_ok=True)
-    accuracy = train_cifar.finetune(args, pretrained, data)
-    assert_same(dict(pretrained.state_dict()), before)
-    model, optimizer = built
-    return pretrained, accuracy, optimizer, model
+    return train_cifar.FineTuning(args, data, pretrained), pretrained
 
 
-@pytest.mark.parametrize("randaugment", [[], ["--randaugment"]])
-def test_what_a_process_is_given_in_a_step_of_finetuning(randaugment, tmp_path, monkeypatch):
-    given, calls, augmented = [], [], []
-
-    def invert(image):
-        augmented.append((tuple(image.shape), image.dtype))
-        return 255 - image
+def test_what_finetuning_learns_from(tmp_path, monkeypatch):
+    given = []
 
     def mix(images, labels):
         given.append((images, labels))
         return images, labels
 
+    flags = ["--finetune-epochs", "40", "--finetune-blr", "1e-2", "--accum-steps", "2"]
+    stage, _ = finetuning(tmp_path, *flags)
+    assert (stage.name, stage.epochs, stage.warmup, stage.n) == ("fine-tuning", 40, 2, 64)
+    assert stage.lr == pytest.approx(1e-2 * 64 / 256)  # by the images of a step
+    stage.mix = mix
+    images, ids = torch.rand(16, 3, 32, 32, generator=rng()) * 255, torch.arange(16, 32)
+    stage.loss(ids, images, None, slice(0, 16), rng())
+    torch.testing.assert_close(given[0][0], (images - 127) / 100)
+    assert torch.equal(given[0][1], colours(64)[1][16:32])
+
+
+def test_randaugment_is_for_the_crops_of_finetuning(tmp_path, monkeypatch):
+    augmented = []
+
+    def invert(image):
+        augmented.append((tuple(image.shape), image.dtype))
+        return 255 - image
+
+    monkeypatch.setattr(train_cifar, "RAND_AUGMENT", invert)
+    stage, _ = finetuning(tmp_path, "--randaugment")
+    assert stage.augment and not finetuning(tmp_path)[0].augment
+    crops = [
+        [batch[1] for batch in stage.data.crops(stage.args, (0.2, 1.0), augment, *places, rng())]
+        for augment in (False, True)
+        for places in [(torch.arange(64), torch.arange(8, 20))]
+    ]
+    assert augmented == 12 * [((3, 32, 32), torch.uint8)]
+    torch.testing.assert_close(crops[1][0], 255 - crops[0][0].byte().float())
+
+
+class Drawing(train_cifar.Stage):
+    """Learns nothing; notes what it is given and what torch's own generator draws."""
+
+    def __init__(self, args, data, prefix=None):
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        super().__init__(args, data, "drawing", prefix, model, optimizer, 6.4, 3, 70)
+        self.warmup, self.draws, self.ids, self.rates = 1, [], [], []
+        self.gradients, self.losses = [], []
+        optimizer.register_step_pre_hook(lambda *_: self.gradients.append(model.weight.grad.item()))
+
+    def loss(self, ids, images, theta, rows, g):
+        self.draws.append(tuple(torch.rand(3).tolist()))
+        self.ids.append(ids.tolist())
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
+        loss = (self.model.weight * (1 + rows.start)).sum()
+        self.losses.append(loss.item())
+        return loss
+
+
+def test_a_stage_draws_anew_in_each_step_and_process(monkeypatch):
+    args, data = small("--batch-size", "16")
+    args.global_batch = 32  # of two processes
     monkeypatch.setattr(train_cifar, "WORLD_SIZE", 2)
-    monkeypatch.setattr(train_cifar, "RANK", 1)
-    monkeypatch.setattr(train_cifar, "wrap", lambda args, model: model)
-    monkeypatch.setattr(train_cifar.v2, "RandAugment", lambda: invert)
-    monkeypatch.setattr(train_cifar.v2, "RandomChoice", lambda mixes: mix)
-    monkeypatch.setattr(train_cifar, "train_classifier", lambda *args: calls.append(args) or 0.0)
-    flags = ["--finetune-epochs", "40", "--finetune-blr", "1e-2", "--out-dir", str(tmp_path)]
-    finetuned(monkeypatch, *flags, *randaugment)
-    stage, epochs, warmup, lr = *calls[0][2:5], calls[0][7]
-    assert (stage, epochs, warmup) == ("fine-tuning", 40, 2)
-    assert lr == pytest.approx(1e-2 * 64 / 256)  # by the batch of both
-    assert not (tmp_path / "finetuned.pth").exists()  # the first process writes it
-
-    ids, (pixels, labels) = torch.randperm(64, generator=rng())[:32], colours(64)
-    calls[0][8](ids, rng())
-    own, theta = ids[16:], amt.random_crops(32, generator=rng())[16:]
-    crops = amt.crop(pixels[own].float(), theta, 32, "bicubic").clamp(0, 255)
-    if randaugment:
-        crops = 255 - crops.byte().float()
-    assert augmented == (16 * [((3, 32, 32), torch.uint8)] if randaugment else [])
-    torch.testing.assert_close(given[0][0], (crops - 127) / 100)
-    assert torch.equal(given[0][1], labels[own])
-
-
-def test_a_classifier_draws_anew_in_each_epoch_and_process(monkeypatch):
-    (args, data), draws, orders, rates = small(), [], [], []
-    model = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-
-    def batch_loss(ids, g):
-        draws.append(tuple(torch.rand(3).tolist()))
-        orders.append(ids.tolist())
-        rates.append(optimizer.param_groups[0]["lr"])
-        return model(torch.ones(1, 1)).sum()
-
-    def logits(images):
-        return torch.zeros(len(images), 10)
-
+    monkeypatch.setattr(train_cifar, "all_sum", lambda x: x)
+    monkeypatch.setattr(train_cifar, "wait", lambda: None)
+    stages = []
     for rank in (0, 1, 0):
         monkeypatch.setattr(train_cifar, "RANK", rank)
-        stage = ["fine-tuning", 3, 1, model, optimizer, 0.8]
-        train_cifar.train_classifier(args, data, *stage, batch_loss, logits)
+        stages.append(Drawing(args, data))
+        train_cifar.fit(stages[-1])
+    first, second, again = stages
     cosine = [0.4 + 0.4 * math.cos(math.pi * i / 4) for i in range(4)]
-    assert rates == pytest.approx(3 * [0, 0.4, *cosine])  # three epochs of two steps
-    assert len(set(draws)) == 12 and draws[:6] == draws[12:]
-    assert orders[:6] == orders[6:12] == orders[12:]  # the batches of all processes
-    epochs = [orders[i] + orders[i + 1] for i in (0, 2, 4)]
+    assert first.rates == pytest.approx([0, 0.4, *cosine])  # three epochs of two steps
+    assert len({*first.draws, *second.draws}) == 12 and first.draws == again.draws
+    assert first.ids == again.ids
+    both = [a + b for a, b in zip(first.ids, second.ids)]
+    epochs = [both[i] + both[i + 1] for i in (0, 2, 4)]
     assert all(len(set(ids)) == 64 for ids in epochs)
     assert not any(a == b for a, b in itertools.combinations(epochs, 2))
 
+    # The same step, of two batches of one process.
+    monkeypatch.setattr(train_cifar, "WORLD_SIZE", 1)
+    monkeypatch.setattr(train_cifar, "RANK", 0)
+    args.accum_steps = 2
+    accumulating = Drawing(args, data)
+    train_cifar.fit(accumulating)
+    assert [a + b for a, b in zip(accumulating.ids[::2], accumulating.ids[1::2])] == both
+    assert accumulating.rates[::2] == accumulating.rates[1::2] == first.rates
+    assert accumulating.draws[::2] == first.draws and accumulating.draws[1::2] == second.draws
+    assert accumulating.gradients == 6 * [(1 + 17) / 2]  # the mean, anew in each step
+    means = [sum(accumulating.losses[i : i + 2]) / 2 for i in (8, 10)]
+    assert accumulating.run["losses"].tolist() == pytest.approx(means)
+
 
 @pytest.mark.parametrize("epochs, short", [("30", 3), ("3", 1)])
-def test_a_short_probe_takes_a_tenth_of_the_epochs(epochs, short, monkeypatch):
-    calls = []
-    monkeypatch.setattr(train_cifar, "train_classifier", lambda *args: calls.append(args) or 0.0)
+def test_a_short_probe_takes_a_tenth_of_the_epochs(epochs, short):
     args, data = small("--probe-epochs", epochs, "--probe-blr", "0.4")
-    train_cifar.linear_probe(args, ColourEncoder(), data)
-    train_cifar.linear_probe(args, ColourEncoder(), data, short=True)
-    assert [call[2:5] for call in calls] == [("probe", int(epochs), 0), ("probe", short, 0)]
-    assert all(call[7] == pytest.approx(0.05) for call in calls)
+    whole = train_cifar.LinearProbe(args, data, ColourEncoder())
+    brief = train_cifar.LinearProbe(args, data, ColourEncoder(), short=True)
+    assert (whole.epochs, brief.epochs) == (int(epochs), short)
+    assert (whole.prefix, brief.prefix) == ("probe-", None)
+    assert whole.lr == brief.lr == pytest.approx(0.05) and whole.warmup == 0
 
 
-def test_crops_for_a_classifier_are_pixels():
+def test_crops_are_pixels():
     args, data = small()
-    crops = train_cifar.random_crops_of(args, data, torch.arange(32), rng())
-    theta = amt.random_crops(32, generator=rng())
-    expected = amt.crop(data.train[:32].float(), theta, 32, "bicubic").clamp(0, 255)
-    assert torch.equal(crops, expected) and crops.min() == 0 and crops.max() == 255
+    crops = drawn(args, data, torch.arange(32))[1]
+    assert crops.min() == 0 and crops.max() == 255
 
 
-def test_finetuning_starts_from_the_encoder_and_saves_with_timms_names(tmp_path, monkeypatch):
-    pretrained, _, _, model = finetuned(
-        monkeypatch, "--finetune-blr", "1e-12", "--out-dir", str(tmp_path)
-    )
+def test_finetuning_starts_from_the_encoder_and_saves_with_timms_names(finished, tmp_path):
+    flags = ["--checkpoint", str(finished[0] / "encoder.pth"), "--epochs", "0"]
+    flags += ["--finetune-epochs", "1", "--finetune-blr", "1e-12", "--out-dir", str(tmp_path)]
+    train_cifar.main([*SMALL, *flags, "--probe-epochs", "0"])
     saved = torch.load(tmp_path / "finetuned.pth", weights_only=True)
-    assert saved.pop("head.weight").shape == (4, 192) and saved.pop("head.bias").shape == (4,)
-    assert_same(dict(saved), dict(pretrained.state_dict()), rtol=0, atol=1e-8)
-    assert [block.drop_path for block in model.encoder.blocks] == [0, 0.1]
+    assert saved.pop("head.weight").shape == (10, 192) and saved.pop("head.bias").shape == (10,)
+    encoder = torch.load(finished[0] / "encoder.pth", weights_only=True)
+    assert_same(dict(saved), dict(encoder), rtol=0, atol=1e-8)
+
+
+def test_finetuning_drops_paths_and_leaves_the_pretrained_as_it_was(tmp_path):
+    stage, pretrained = finetuning(tmp_path, "--finetune-blr", "1e-2")
+    assert [block.drop_path for block in stage.model.encoder.blocks] == [0, 0.1]
+    before = {name: p.clone() for name, p in pretrained.state_dict().items()}
+    train_cifar.fit(stage)
+    assert_same(dict(pretrained.state_dict()), before)
+    assert not torch.equal(stage.model.encoder.norm.bias, pretrained.norm.bias)
 
 
 @pytest.mark.parametrize("checkpoint, decay", [([], 0.75), (["none", "--epochs", "0"], 1.0)])
-def test_finetuning_decays_the_rate_from_layer_to_layer(checkpoint, decay, tmp_path, monkeypatch):
+def test_finetuning_decays_the_rate_from_layer_to_layer(checkpoint, decay, tmp_path):
     flags = ["--checkpoint", *checkpoint] if checkpoint else []
-    optimizer, model = finetuned(monkeypatch, *flags, "--out-dir", str(tmp_path))[2:]
+    stage, _ = finetuning(tmp_path, *flags)
+    train_cifar.fit(stage)
+    optimizer, model = stage.optimizer, stage.model
     scale = {p: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     layers = {"encoder.cls_token": 0, "encoder.patch_embed": 0, "encoder.blocks.0": 1}
     layers |= {"encoder.blocks.1": 2, "encoder.norm": 3, "head": 3}
@@ -1476,14 +1538,13 @@ def test_finetuning_reads_cls():
     assert logits.shape == (3, 5) and torch.equal(classifier(random_images(3)), logits)
 
 
-def test_finetuning_learns_and_counts_each_test_image(tmp_path, monkeypatch):
+def test_finetuning_learns_and_counts_each_test_image(tmp_path):
     images, labels = colours(37)
     labels[36] += 1  # labelled wrongly: 36 of 37 are right
     flags = ["--batch-size", "16", "--finetune-epochs", "6", "--finetune-blr", "3e-2"]
-    accuracy = finetuned(
-        monkeypatch, *flags, "--out-dir", str(tmp_path), n=160, test=(images, labels)
-    )[1]
-    assert accuracy == pytest.approx(100 * 36 / 37)
+    stage, _ = finetuning(tmp_path, *flags, n=160, test=(images, labels))
+    train_cifar.fit(stage)
+    assert stage.accuracy() == pytest.approx(100 * 36 / 37)
 
 
 def test_finetuning_mixes_smooths_and_crops(tmp_path, monkeypatch):
@@ -1500,8 +1561,8 @@ def test_finetuning_mixes_smooths_and_crops(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_cifar.F, "cross_entropy", entropy)
     monkeypatch.setattr(train_cifar.Classifier, "forward", seeing)
-    flags = ["--batch-size", "16", "--finetune-epochs", "2", "--out-dir", str(tmp_path)]
-    finetuned(monkeypatch, *flags)
+    stage, _ = finetuning(tmp_path, "--batch-size", "16", "--finetune-epochs", "2")
+    train_cifar.fit(stage)
     assert all(kwargs == {"label_smoothing": 0.1} for _, kwargs in targets)
     mixed = torch.cat([target for target, _ in targets])
     assert mixed.shape == (128, 4)
@@ -1514,6 +1575,9 @@ def test_finetuning_mixes_smooths_and_crops(tmp_path, monkeypatch):
     assert (rise > 0).any() and (rise <= 0).any()  # flips
 
 
+STAGE_FILES = ["checkpoint.pth", "log.csv"]
+
+
 def test_from_pretraining_to_finetuning_on_the_command_line(finished, tmp_path, capsys):
     # The probe and the fine-tuning of a saved encoder are those at the end of its run.
     run(copy(finished, tmp_path), "--resume", "--finetune-epochs", "1")
@@ -1523,9 +1587,13 @@ def test_from_pretraining_to_finetuning_on_the_command_line(finished, tmp_path, 
     train_cifar.main([*SMALL, *flags])
     again = [line for line in capsys.readouterr().out.splitlines() if " right after epoch " in line]
     assert len(ends) == 2 and ends == again
-    assert {path.name for path in (tmp_path / "of").iterdir()} == {"finetuned.pth"}
+    assert {path.name for path in (tmp_path / "of").iterdir()} == {
+        "finetuned.pth",
+        *(f"{stage}-{file}" for stage in ("probe", "finetune") for file in STAGE_FILES),
+    }
     line = error(*flags)
-    assert "holds a finetuned.pth" in line and "--out-dir" in line
+    assert "probe-checkpoint.pth and finetune-checkpoint.pth and finetuned.pth" in line
+    assert "--resume" in line and "--out-dir" in line
 
 
 def test_from_scratch_there_is_no_probe_unless_asked_for(tmp_path, capsys):
@@ -1535,7 +1603,7 @@ def test_from_scratch_there_is_no_probe_unless_asked_for(tmp_path, capsys):
     assert "fine-tuning: " in out and "probe" not in out
     flags = ["--checkpoint", "none", "--epochs", "0", "--probe-epochs", "3"]
     assert train_cifar.parse_args(flags).probe_epochs == 3
-    assert {path.name for path in tmp_path.iterdir()} == {"finetuned.pth"}
+    assert not list(tmp_path.glob("probe-*")) and (tmp_path / "finetuned.pth").exists()
 
 
 def save_as(kind, encoder, path):
@@ -1711,14 +1779,17 @@ def test_the_picture_shows_the_strategy(strategy, updated, used, tmp_path, monke
             amt.STRATEGIES, name, lambda *args, n=name, rank=rank: names.append(n) or rank(*args)
         )
     flags = ["--masking", strategy, "--method", "simmim", "--out-dir", str(tmp_path)]
-    args, data = small(*flags)
-    train_cifar.save_masking(args, train_cifar.build_model(args), data, updated)
+    stage = train_cifar.Pretraining(*small(*flags))
+    if updated:
+        stage.run["maps"] = torch.ones(70, 8, 8)
+    train_cifar.save_masking(stage)
     assert names == [used]
 
 
 def test_pictures_are_of_images_from_all_over_the_test_set():
-    test = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).expand(-1, 3, 2, 2)
-    shown = small()[1]._replace(test=test).shown[:, 0, 0, 0]
+    args, data = small()
+    data.test = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).expand(-1, 3, 2, 2)
+    shown = data.shown(args)[:, 0, 0, 0]
     assert len(shown.unique()) == 8 and shown.min() < 30 and shown.max() >= 70
 
 
@@ -1743,7 +1814,7 @@ def test_folders_that_are_wrong_are_named(tmp_path):
     broken = root / "train" / "n02" / "n02_0.JPEG"
     broken.write_bytes(broken.read_bytes()[:100])
     assert f"cannot decode {broken}" in refused("--img-size", 64)
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_stl10_pretrains_on_all_and_probes_on_those_with_labels(tmp_path, monkeypatch):
@@ -1776,7 +1847,10 @@ def test_stl10_pretrains_on_all_and_probes_on_those_with_labels(tmp_path, monkey
     # The probe takes the labelled ones alone.
     args = train_cifar.parse_args(["--batch-size", "4", "--probe-epochs", "2", "--img-size", "96"])
     encoder = ColourEncoder()
-    train_cifar.linear_probe(args, encoder, data)
+    probe = train_cifar.LinearProbe(args, data, encoder, short=True)
+    probe.epochs = 2
+    train_cifar.fit(probe)
+    probe.accuracy()
     assert sum(len(seen) for seen in encoder.seen) == 4 + 4 + 4
 
 
@@ -1840,7 +1914,7 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(finished, tmp_path):
         command("--out-dir", tmp_path), stdout=subprocess.PIPE, text=True
     ) as process:
         for line in process.stdout:
-            if line.startswith("epoch 4/6"):  # with maps that epochs 3 and 4 use
+            if line.startswith("pretraining epoch 4/6"):  # with maps that epochs 3 and 4 use
                 process.send_signal(signal.SIGKILL)
                 break
     assert process.returncode == -signal.SIGKILL
@@ -1853,16 +1927,16 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(finished, tmp_path):
 
 
 def test_resumed_epochs_use_the_maps_of_the_checkpoint(finished, tmp_path, monkeypatch):
-    train_step, calls = train_cifar.train_step, []
+    loss, calls = train_cifar.Pretraining.loss, []
 
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 8:  # epoch 4, step 2
             raise KeyboardInterrupt
-        return train_step(*args)
+        return loss(*args)
 
-    monkeypatch.setattr(train_cifar, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(train_cifar.Pretraining, "loss", interrupted)
+    with pytest.raises(SystemExit, match="stopped: .*--resume goes on from the last checkpoint"):
         run(tmp_path)
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 3
     checkpoint = run(tmp_path, "--resume", "--probe-epochs", "0")
@@ -1871,17 +1945,22 @@ def test_resumed_epochs_use_the_maps_of_the_checkpoint(finished, tmp_path, monke
 
 def test_settings_of_a_checkpoint_are_all_that_its_weights_depend_on(finished):
     others = {"data_path", "out_dir", "resume", "save_every", "compile", "benchmark", "checkpoint"}
-    others |= {"num_units", "batch_size", "probe_epochs", "probe_blr", "probe_every"}
-    others |= {"finetune_epochs", "finetune_blr", "randaugment"}
-    assert set(finished[1]["settings"]) == set(vars(small()[0])) - others
+    others |= {"num_units", "batch_size", "accum_steps", "workers", "probe_every"}
+    probe, finetune = {"probe_epochs", "probe_blr"}, {"finetune_epochs", "finetune_blr"}
+    finetune |= {"randaugment"}
+    every = set(vars(small()[0]))
+    assert set(finished[1]["settings"]) == every - others - probe - finetune
+    probed = torch.load(finished[0] / "probe-checkpoint.pth", weights_only=True)["settings"]
+    assert probe | {"checkpoint", "seed", "global_batch"} < set(probed) < every
+    assert set(train_cifar.SETTINGS["fine-tuning"]) == set(probed) - probe | finetune
 
 
 def test_resume_before_the_first_checkpoint_starts_from_the_beginning(finished, tmp_path, capsys):
     (tmp_path / "log.csv").write_text("epoch,loss\n1,0.5\n")
     assert_same(trained(run(tmp_path, "--resume", "--probe-epochs", "0")), trained(finished[1]))
-    assert "no checkpoint yet" in capsys.readouterr().out and logged_epochs(tmp_path) == list(
-        range(1, 7)
-    )
+    out = capsys.readouterr().out
+    assert "checkpoint.pth does not exist yet: pretraining starts from the beginning" in out
+    assert logged_epochs(tmp_path) == list(range(1, 7))
 
 
 def test_two_processes_do_what_one_does(finished, tmp_path, capsys):
@@ -1905,12 +1984,11 @@ def test_two_processes_do_what_one_does(finished, tmp_path, capsys):
     assert logged_epochs(tmp_path) == list(range(1, 7))
     losses = [column(d, "loss") for d in (tmp_path, finished[0])]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    assert done.stdout.count("epoch 6/6") == done.stdout.count("linear probe: ") == 1
+    assert done.stdout.count("epoch 6/6") == done.stdout.count("probe: ") == 1
     assert done.stdout.count("fine-tuning: ") == 1 and (tmp_path / "finetuned.pth").exists()
     run(copy(finished, tmp_path), "--resume")  # only probes
     accuracies = [
-        float(out.split("linear probe: ")[1].split()[0])
-        for out in (done.stdout, capsys.readouterr().out)
+        float(out.split("probe: ")[1].split()[0]) for out in (done.stdout, capsys.readouterr().out)
     ]
     assert accuracies[0] == pytest.approx(accuracies[1], abs=0.5)
 
@@ -1944,13 +2022,13 @@ def test_what_is_no_checkpoint_is_refused(content, finished, tmp_path, monkeypat
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
-    train_step, calls = train_cifar.train_step, []
+    loss, calls = train_cifar.Pretraining.loss, []
 
-    def failing_step(*args):
-        calls.append(train_step(*args))
+    def failing_loss(*args):
+        calls.append(loss(*args))
         return calls[-1] * (float("nan") if len(calls) == 6 else 1)  # epoch 3, step 2
 
-    monkeypatch.setattr(train_cifar, "train_step", failing_step)
+    monkeypatch.setattr(train_cifar.Pretraining, "loss", failing_loss)
     line = error("--out-dir", tmp_path)
     assert "the loss is nan in epoch 3, step 2" in line and "--blr" in line
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 2
@@ -1974,36 +2052,50 @@ def test_a_save_that_fails_keeps_what_was_there(finished, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--patch-size", 5], "--patch-size 5 does not divide the image size 32"),
+        (["--patch-size", 5], "patch_size 5 does not divide img_size 32.*--patch-size"),
         (["--batch-size", 71], "a batch of 71 is more than the 70 training images"),
-        (["--batch-size", 0], "--batch-size: 0 is not allowed: give a whole number of at least 1"),
+        (
+            ["--batch-size", 0],
+            "--batch-size: 0 is not allowed: give a whole number from 1 to 2147483647",
+        ),
         (["--epochs", "many"], "--epochs: many is not allowed"),
         (["--mask-ratio", 0.75], "0.75 and throw_ratio 0.4 .*-10 visible.*--throw-ratio"),
         (["--mask-ratio", "nan"], "mask_ratio nan"),
-        (["--blr", 0], "--blr 0.0 is not a learning rate"),
-        (["--finetune-blr", -1], "--finetune-blr -1.0 is not a learning rate"),
+        (["--blr", 0], "--blr: 0 is not a learning rate: give a number above 0"),
+        (["--finetune-blr", -1], "--finetune-blr: -1 is not a learning rate"),
         (["--method", "beit"], "--method: invalid choice: 'beit'"),
         (["--masking", "saliency"], "--masking: invalid choice: 'saliency'"),
         (["--throw", "highest"], "--throw: invalid choice: 'highest'"),
-        (["--mask-unit", 3], "--mask-unit 3 does not divide the grid of 8x8 patches"),
+        (["--mask-unit", 3], "3x3 patches do not fill a grid of 8x8.*--mask-unit"),
         (["--mask-unit", 8], "of N = 1 patches"),
-        (["--method", "maskfeat", "--patch-size", 1, "--img-size", 16], "--patch-size 1 is odd"),
+        (
+            ["--method", "maskfeat", "--patch-size", 1, "--img-size", 16],
+            "patch size 1 .* choose an even one.*--patch-size",
+        ),
         (["--epochs", 0], "--epochs 0 with --checkpoint None: give .*FILE or none"),
         (["--checkpoint", "none"], "--epochs 6 with --checkpoint none"),
         (["--probe-every", 0], "--probe-every: 0 is not allowed"),
-        (["--probe-blr", "inf"], "--probe-blr inf is not a learning rate"),
+        (["--probe-blr", "inf"], "--probe-blr: inf is not a learning rate"),
         (["--warmup-epochs", 6], "--warmup-epochs 6 is not less than --epochs 6"),
         (["--decoder-embed-dim", 48], "--decoder-embed-dim 48 is not a multiple of 32"),
         (["--dataset", "mnist"], "--dataset: invalid choice: 'mnist'"),
         (["--model", "vit_giant"], "--model: invalid choice: 'vit_giant'"),
         (["--rate", 3], "unrecognized arguments: --rate 3"),
+        (["--seed", 2**64], "--seed: 18446744073709551616 is not allowed"),
+        (["--workers", -1], "--workers: -1 is not allowed: give a whole number from 0"),
+        (["--accum-steps", 0], "--accum-steps: 0 is not allowed"),
+        (["--accum-steps", 3], "a batch of 96 is more than the 70 training images"),
+        (["--mask-unit", 16], "of N = 0 patches.*--mask-unit"),
         (["--out-dir", __file__], "cannot make --out-dir .*test_amt.py"),
     ],
 )
 def test_bad_input_is_named(flags, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    loaded, (_, data) = [], small()
+    monkeypatch.setattr(train_cifar, "load_data", lambda args: loaded.append(args) or data)
     assert re.search(message, error(*flags))
-    assert not list(tmp_path.iterdir())
+    assert bool(loaded) == ("training images" in message)
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_a_data_set_that_cannot_be_had_is_named(tmp_path, monkeypatch):
@@ -2017,4 +2109,4 @@ def test_a_data_set_that_cannot_be_had_is_named(tmp_path, monkeypatch):
         and "no route to host" in line
         and "cifar-10-batches-py" in line
     )
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())

@@ -2,53 +2,57 @@
 
     python train_cifar.py --dataset shapes             # a look at the method, offline, on a CPU
     python train_cifar.py                              # CIFAR-10, one GPU
-    torchrun --nproc_per_node=4 train_cifar.py         # four GPUs; --batch-size is per process
+    torchrun --nproc_per_node=4 train_cifar.py --dataset imagenet --data-path DIR       # four GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
-        train_cifar.py                                 # on each of two nodes
+        train_cifar.py --dataset imagenet --data-path DIR                  # on each of two nodes
     python train_cifar.py --resume                     # goes on with the run in --out-dir
 
     python train_cifar.py --masking random --out-dir out-random              # MAE, the baseline
-    python train_cifar.py --mask-ratio 0.75 --throw-ratio 0 --out-dir out-am # AM: nothing is thrown
     python train_cifar.py --method simmim --out-dir out-simmim               # SimMIM with AMT
     python train_cifar.py --checkpoint out/encoder.pth --epochs 0 --probe-epochs 0 \
-        --finetune-epochs 100                          # fine-tuning; none: from scratch
+        --finetune-epochs 100 --out-dir out-finetuned                        # none: from scratch
     python train_cifar.py --benchmark                  # the time of a step: random, AM, AMT
 
-The directory --out-dir gets checkpoint.pth, encoder.pth (the encoder's state dict alone), log.csv
-(a row an epoch), attention.png (what [CLS] attended to at each update), masking.png, and after
-fine-tuning finetuned.pth.
+--out-dir gets checkpoint.pth, encoder.pth (the encoder's state dict alone), log.csv (a row an
+epoch), attention.png (what [CLS] attended to at each update) and masking.png; probe and fine-tuning
+have checkpoints and logs of their own, and fine-tuning leaves finetuned.pth.
 """
 import argparse
 import math
 import os
 import pickle
 import random
+import re
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
-from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
 import amt
 
-RANK, LOCAL_RANK, WORLD_SIZE = (  # set by torchrun
+RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE = (  # set by torchrun
     int(os.environ.get(name, default)) for name, default in
-    [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)])
+    [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)])
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -66,6 +70,9 @@ METHODS = {  # the ratios of AMT with MaskFeat are those with SimMIM
 }
 BY_ATTENTION = ["attention", "attmask", "mst"]      # the strategies that need attention maps
 
+# ------------------------------------------------------------------------------------------------
+# Lines, processes, signals
+
 
 def say(line: str, end: str = "\n"):
     if RANK == 0:
@@ -73,9 +80,31 @@ def say(line: str, end: str = "\n"):
         print(clear + line, end=end, flush=True)
 
 
-def fail(message: str):
-    """Ends the program with one line, said by one process of each machine."""
-    sys.exit(f"train_cifar.py: error: {message}" if LOCAL_RANK == 0 else 1)
+def fail(message: str, alone: bool = False):
+    """Ends the program with one line, said by one process a machine; or by this one, if alone."""
+    sys.exit(f"train_cifar.py: error: {message}" if alone or LOCAL_RANK == 0 else 1)
+
+
+def reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def progress(line: str) -> bool:
+    """Once a second: True, and on a terminal the line, which the next one overwrites."""
+    now = time.time()
+    if now - progress.shown < 1:
+        return False
+    progress.shown = now
+    if sys.stdout.isatty():
+        say(line, end="")
+    return True
+
+
+progress.shown = 0.0
+
+
+def clock(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
 
 
 def all_sum(x: Tensor) -> Tensor:
@@ -85,22 +114,62 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
-def generator(*key) -> torch.Generator:
-    """The generator of what is drawn under a key such as (seed, "pretrain", epoch).
+def agree(*flags: bool) -> list[bool]:
+    """Whether each flag is up in any process."""
+    return all_sum(torch.tensor(flags, dtype=torch.int32)).bool().tolist()
 
-    All that an epoch draws comes from its own generator, for the batch of all processes, of which
-    each takes its rows. So no random state is ever saved, a resumed epoch draws what it drew
-    before, and the draws do not depend on the number of processes.
+
+def wait():
+    """Returns when all processes are here. A process that is busy with a file may take long; all
+    else must take less than the limit that tells a process lost."""
+    if WORLD_SIZE > 1:
+        dist.barrier(group=wait.group)
+
+
+def share(n: int) -> Tensor:
+    """The numbers, of 0 ... n-1, that are this process's: all of them together have each once."""
+    return torch.arange(n, device=DEVICE).tensor_split(WORLD_SIZE)[RANK]
+
+
+def generator(*key) -> torch.Generator:
+    """The generator of what is drawn under a key such as (seed, "pretraining", epoch, step).
+
+    Each epoch, and each step, draws from its own, for the batch of all processes, of which each
+    takes its rows. So no random state is ever saved, a resumed step draws what it drew before, and
+    the draws do not depend on the number of processes.
     """
     return torch.Generator(DEVICE).manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
+SIGNALS = []                            # SIGTERM and Ctrl-C, since the training began
+
+
+@contextmanager
+def signals_noted():
+    """Inside, SIGTERM and Ctrl-C do nothing but get into SIGNALS, for the end of the step."""
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    before = [signal.signal(number, lambda n, _: SIGNALS.append(n)) for number in numbers]
+    try:
+        yield
+    finally:
+        list(map(signal.signal, numbers, before))
+
+
+def outlast_signals(worker: int):
+    """A loader's worker ends with its process, which may want a last batch after a signal to all:
+    to SIGTERM, which is also how a process that ends clears away its workers, it gives a while."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
+
+
 # ------------------------------------------------------------------------------------------------
-# Data: all images lie on the device, as bytes
+# Data
 
 
-class Data(NamedTuple):
-    train: Tensor           # (n, 3, H, H) uint8
+@dataclass
+class Data:
+    """Images held on the device, as bytes (n, 3, H, H)."""
+    train: Tensor
     train_labels: Tensor    # int64, of as many of the first of these as are labelled
     test: Tensor
     test_labels: Tensor
@@ -111,21 +180,140 @@ class Data(NamedTuple):
     def classes(self) -> int:
         return int(self.train_labels.max()) + 1
 
-    @property
-    def shown(self) -> Tensor:
-        """Eight test images, for the pictures: not the first, which may be of one class."""
-        ids = torch.randperm(len(self.test), generator=torch.Generator().manual_seed(0))[:8]
-        return self.test[ids.to(DEVICE)]
+    def shown(self, args) -> Tensor:
+        """Eight test images, 0 to 255: not the first, which may be of one class."""
+        g = torch.Generator().manual_seed(0)
+        ids = torch.randperm(len(self.test), generator=g)[:8].to(DEVICE)
+        return torch.cat([images for _, images in self.whole(args, "test", ids)])
 
     def normalise(self, pixels: Tensor) -> Tensor:
         return (pixels - self.mean) / self.std
+
+    def whole(self, args, split: str, ids: Tensor):
+        """Yields ids (B,) and images (B, 3, H, H), 0 to 255, of the split "train" or "test"."""
+        for some in ids.split(args.batch_size):
+            yield some, getattr(self, split)[some].float()
+
+    def crops(self, args, scale: tuple[float, float], augment: bool, order: Tensor, mine: Tensor,
+              g: torch.Generator):
+        """Yields ids (B,), crops (B, 3, H, H), 0 to 255, and their theta (B, 2, 3), of the training
+        images order[mine]. Crops are drawn for the whole order; `augment`: RandAugment follows."""
+        theta = amt.random_crops(len(order), scale, generator=g)
+        for rows in mine.split(args.batch_size):
+            ids = order[rows]
+            images = amt.crop(self.train[ids].float(), theta[rows], args.img_size, "bicubic")
+            images = images.clamp(0, 255)                        # bicubic overshoots
+            if augment:
+                images = torch.stack([RAND_AUGMENT(image) for image in images.byte()]).float()
+            yield ids, images, theta[rows]
+
+
+RAND_AUGMENT = v2.RandAugment()
+
+
+@dataclass
+class Files(Data):
+    """Images that stay files, decoded by --workers processes: `train` and `test` are paths."""
+    items: list = field(default_factory=list)
+    loader: DataLoader | None = None
+
+    def read(self, args, items):
+        """Yields numbers (B,), pixels (B, 3, H, H) and theta (B, 2, 3) of items for `Decoder`."""
+        if self.loader is None:
+            self.loader = DataLoader(
+                Decoder([*self.train, *self.test], args.img_size), args.batch_size,
+                sampler=self.items, num_workers=args.workers, worker_init_fn=outlast_signals,
+                persistent_workers=args.workers > 0, pin_memory=DEVICE.type == "cuda")
+        self.items[:] = items
+        try:
+            for batch in self.loader:
+                ids, pixels, theta = (x.to(DEVICE, non_blocking=True) for x in batch)
+                yield ids, pixels.permute(0, 3, 1, 2).float(), theta
+        except BadImage as error:                                # a worker's comes with its stack
+            fail(str(error).strip().rpartition("BadImage: ")[2], alone=True)
+
+    def whole(self, args, split: str, ids: Tensor):
+        first, view = (0, "whole") if split == "train" else (len(self.train), 0.875)
+        for some, images, _ in self.read(args, [(first + i, view, 0) for i in ids.tolist()]):
+            yield some - first, images
+
+    def crops(self, args, scale, augment, order, mine, g):
+        seeds = torch.randint(2 ** 32, (len(order),), generator=g, device=DEVICE)[mine]
+        return self.read(args, ((i, (scale, augment), seed) for i, seed in
+                                zip(order[mine].tolist(), seeds.tolist())))
+
+
+class BadImage(Exception):
+    pass
+
+
+class Decoder(Dataset):
+    """Files of images of any size and mode, as RGB bytes (H, H, 3).
+
+    An item (number, view, seed) is that image, whole ("whole": without regard to its aspect), its
+    middle square (a number: of this share of the short side), or a crop with a flip ((scale,
+    augment): drawn from the seed). With it come the number and the theta (2, 3) of what is shown
+    in the whole image.
+    """
+
+    def __init__(self, paths: list, img_size: int):
+        self.paths = np.array([os.fsencode(path) for path in paths])     # one block for all workers
+        self.img_size = img_size
+
+    def __getitem__(self, item):
+        number, view, seed = item
+        path = os.fsdecode(self.paths[number])
+        try:
+            with Image.open(path) as image:
+                return number, *self.show(image, view, seed)
+        except Exception as error:                               # Pillow raises many kinds
+            raise BadImage(f"cannot decode {path} ({reason(error)}): mend it or take it "
+                           f"away") from None
+
+    def show(self, image: Image.Image, view, seed: int) -> tuple[Tensor, Tensor]:
+        size, orientation = self.img_size, image.getexif().get(0x0112, 1)
+        W, H = image.size if orientation < 5 else image.size[::-1]           # turned by 90 degrees
+        if isinstance(view, tuple):
+            g = torch.Generator().manual_seed(seed)
+            (width, _, x), (_, height, y) = amt.random_crops(
+                1, view[0], generator=g, image_ratio=W / H)[0].tolist()
+        else:
+            side = (W, H) if view == "whole" else (view * min(W, H),) * 2
+            width, height, x, y = side[0] / W, side[1] / H, 0.0, 0.0
+        # A JPEG is decoded at 1/2, 1/4 or 1/8 if that leaves a crop of H x H pixels or more.
+        reduced = max(size / (W * abs(width)), size / (H * height))
+        image.draft(None, tuple(math.ceil(reduced * side) for side in image.size))
+        if orientation != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        W, H = image.size
+        left, right = (round((x + side + 1) / 2 * W) for side in (-abs(width), abs(width)))
+        top, bottom = (round((y + side + 1) / 2 * H) for side in (-height, height))
+        right, bottom = max(right, left + 1), max(bottom, top + 1)
+        flip = math.copysign(1, width)
+        theta = torch.tensor([[flip * (right - left) / W, 0, (left + right) / W - 1],
+                              [0, (bottom - top) / H, (top + bottom) / H - 1]])
+        pixels = torch.from_numpy(np.array(image.crop((left, top, right, bottom))))
+        pixels = v2.functional.resize(pixels.permute(2, 0, 1), [size, size],
+                                      v2.InterpolationMode.BICUBIC)          # antialiased
+        pixels = pixels.flip(2) if flip < 0 else pixels
+        if isinstance(view, tuple) and view[1]:
+            torch.manual_seed(seed)
+            pixels = RAND_AUGMENT(pixels)
+        return pixels.permute(1, 2, 0).contiguous(), theta       # as it lies in memory, for speed
 
 
 def load_data(args) -> Data:
     if args.dataset == "shapes":
         splits = [shapes(args.num_images, seed=1), shapes(1000, seed=2)]
+    elif args.dataset in ("cifar10", "cifar100", "stl10"):
+        splits = published(args)
     else:
-        splits = (folders if args.dataset in ("folder", "tiny-imagenet") else published)(args)
+        data = find_files(args)
+        if args.dataset == "imagenet":
+            return data
+        splits = decode_all(args, data)
     size = [args.img_size, args.img_size]
     (train, train_labels), (test, test_labels) = [
         (v2.functional.resize(x, size).to(DEVICE), y.to(DEVICE)) for x, y in splits]
@@ -144,8 +332,7 @@ def published(args) -> list[tuple[Tensor, Tensor]]:
     try:
         if LOCAL_RANK == 0:
             dataset(args.data_path, download=True)
-        if WORLD_SIZE > 1:
-            dist.barrier()
+        wait()
         splits = [dataset(args.data_path, **kind) for kind in kinds]
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         fail(f"cannot read or download {dataset.__name__} in --data-path {args.data_path} "
@@ -158,9 +345,8 @@ def published(args) -> list[tuple[Tensor, Tensor]]:
              torch.tensor(split.targets)) for split in splits]
 
 
-def folders(args) -> list[tuple[Tensor, Tensor]]:
-    """Images of any size in train/<class>/ and val/<class>/, or in the layout of Tiny ImageNet,
-    decoded once: the short side resized to --img-size, and the middle square kept."""
+def find_files(args) -> Files:
+    """Images in train/<class>/ and val/<class>/, or in the layout of Tiny ImageNet."""
     root = Path(args.data_path)
     try:
         train = ImageFolder(root / "train")
@@ -177,27 +363,23 @@ def folders(args) -> list[tuple[Tensor, Tensor]]:
     except KeyError as error:
         fail(f"class {error} of {root / 'val'} is not among the {len(train.classes)} of "
              f"{root / 'train'}: give both the same classes")
-    images = len(train.samples) + len(test)
-    if images * 3 * args.img_size ** 2 > 2e9:
-        fail(f"{images} images of {args.img_size} pixels a side do not fit in 2 GB: give a "
-             f"smaller --img-size")
-    square = v2.Compose([v2.Resize(args.img_size), v2.CenterCrop(args.img_size), v2.PILToTensor()])
+    (train, train_labels), (test, test_labels) = (zip(*split) for split in (train.samples, test))
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=DEVICE) * 255
+    return Files(train, torch.tensor(train_labels, device=DEVICE), test,
+                 torch.tensor(test_labels, device=DEVICE), mean[:, None, None], std[:, None, None])
 
-    def decode(sample):
-        try:
-            return square(default_loader(sample[0]))
-        except Exception as error:                               # Pillow raises many kinds
-            fail(f"cannot decode {sample[0]} ({error}): mend it or take it away")
 
-    def decode_all(samples):
-        pixels = torch.empty(len(samples), 3, args.img_size, args.img_size, dtype=torch.uint8)
-        with ThreadPoolExecutor() as pool:
-            for i, image in enumerate(pool.map(decode, samples)):
-                pixels[i] = image
-                progress(f"decoding image {i + 1} of {len(samples)}")
-        return pixels, torch.tensor([label for _, label in samples])
-
-    return [decode_all(train.samples), decode_all(test)]
+def decode_all(args, data: Files) -> list[tuple[Tensor, Tensor]]:
+    """The middle squares of the images, pixels and labels: decoded once, to be held in memory."""
+    n, size = len(data.train) + len(data.test), args.img_size
+    if n * 3 * size ** 2 > 2e9:
+        fail(f"{n} images of {size} pixels a side do not fit in 2 GB: give a smaller --img-size, "
+             f"or --dataset imagenet, which leaves them on the disk")
+    pixels = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    for ids, images, _ in data.read(args, [(i, 1.0, 0) for i in range(n)]):
+        pixels[ids.cpu()] = images.byte().cpu()
+        progress(f"decoding image {ids[-1] + 1} of {n}")
+    return list(zip(pixels.tensor_split([len(data.train)]), (data.train_labels, data.test_labels)))
 
 
 def shapes(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -237,7 +419,7 @@ def shapes(n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------
-# Pretraining
+# Training
 
 
 @contextmanager
@@ -257,14 +439,6 @@ def build_encoder(args, **kwargs) -> amt.ViT:
     return VITS[args.model](img_size=args.img_size, patch_size=args.patch_size, **kwargs)
 
 
-def build_model(args) -> nn.Module:
-    encoder = build_encoder(args)
-    if args.method != "mae":
-        return amt.SimMIM(encoder, "hog" if args.method == "maskfeat" else "pixels").to(DEVICE)
-    return amt.MAE(encoder, args.decoder_embed_dim, args.decoder_depth,
-                   args.decoder_embed_dim // 32, norm_pix_loss=True).to(DEVICE)
-
-
 def build_optimizer(model: nn.Module, beta2: float = 0.95,
                     lr_scale: Callable[[str], float] = lambda name: 1.0) -> torch.optim.Optimizer:
     """AdamW; weight decay is for matrices, and lr_scale(name) a factor of a parameter's lr."""
@@ -281,7 +455,8 @@ def build_optimizer(model: nn.Module, beta2: float = 0.95,
 def wrap(args, model: nn.Module) -> nn.Module:
     if WORLD_SIZE > 1:
         model = DistributedDataParallel(
-            model, device_ids=[DEVICE] if DEVICE.type == "cuda" else None)
+            model, device_ids=[DEVICE] if DEVICE.type == "cuda" else None,
+            broadcast_buffers=False, gradient_as_bucket_view=True)
     return torch.compile(model) if args.compile else model
 
 
@@ -293,22 +468,132 @@ def set_lr(optimizer, peak: float, epoch: float, epochs: int, warmup: int = 0):
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def my_rows(batch: Tensor) -> slice:
-    """The rows of the batch of all processes that are this process's."""
-    n = len(batch) // WORLD_SIZE
-    return slice(RANK * n, (RANK + 1) * n)
+class Stage:
+    """What `fit` trains on the first n training images: a model by an optimizer. These and `run`
+    are all that a checkpoint holds. `prefix` begins the names of its files; None: it has none."""
+    scale, augment, warmup = (0.2, 1.0), False, 0        # of the crops; RandAugment; epochs
+    columns = ["epoch", "loss", "lr", "images_per_second", "seconds"]            # of the log
+
+    def __init__(self, args, data: Data, name: str, prefix: str | None, model: nn.Module,
+                 optimizer, blr: float, epochs: int, n: int):
+        self.args, self.data, self.name, self.prefix, self.n = args, data, name, prefix, n
+        self.model, self.optimizer, self.epochs = model, optimizer, epochs
+        self.parallel, self.lr = model, blr * args.global_batch / 256
+        self.run = {"epoch": 0, "step": 0, "losses": None, "seconds": 0.0, "epoch_began": 0.0,
+                    "log": []}
+
+    def loss(self, ids: Tensor, images: Tensor, theta: Tensor, rows: slice,
+             g: torch.Generator) -> Tensor:
+        """The mean loss of crops (B, 3, H, H), 0 to 255, of the training images ids (B,), which are
+        `rows` of the batch of all processes; g draws for all of that."""
+        raise NotImplementedError
+
+    def no_sync(self):
+        return getattr(self.parallel, "no_sync", nullcontext)()
+
+    def start_epoch(self):
+        pass
+
+    def end_epoch(self) -> dict[str, str]:
+        """Further columns of the log."""
+        return {}
 
 
-def my_batches(args, n: int):
-    """Slices of n images that go over those of this process, once each and in order."""
-    for i in range(RANK * args.batch_size, n, WORLD_SIZE * args.batch_size):
-        yield slice(i, i + args.batch_size)
+def fit(stage: Stage):
+    """Trains a stage to its last epoch, with --resume from where its checkpoint left it."""
+    args, data, run, optimizer = stage.args, stage.data, stage.run, stage.optimizer
+    steps = stage.n // args.global_batch
+    if args.resume and stage.prefix is not None:
+        load_checkpoint(stage)
+    write_log(stage)
+    started = time.time() - run["seconds"]
+    with signals_noted():
+        for epoch in range(run["epoch"], stage.epochs):
+            if run["step"] == 0:
+                run["epoch_began"] = time.time() - started
+                run["losses"] = torch.zeros(steps, device=DEVICE)
+                stage.start_epoch()
+            stage.model.train()
+            g = generator(args.seed, stage.name, epoch)
+            order = torch.randperm(stage.n, generator=g, device=DEVICE)
+            # A step takes --accum-steps batches of each process, the first process's rows first.
+            rows = torch.arange(steps * args.global_batch, device=DEVICE)
+            mine = rows.view(steps, WORLD_SIZE, -1)[run["step"]:, RANK].flatten()
+            crops = data.crops(args, stage.scale, stage.augment, order, mine, g)
+            for step in range(run["step"], steps):
+                set_lr(optimizer, stage.lr, epoch + step / steps, stage.epochs, stage.warmup)
+                optimizer.zero_grad()
+                for i in range(args.accum_steps):
+                    first = (RANK * args.accum_steps + i) * args.batch_size
+                    g = generator(args.seed, stage.name, epoch, step)
+                    # Mixing, drop path and RandAugment draw from torch's own generators.
+                    torch.manual_seed(g.initial_seed() + first)
+                    # Only the last backward pass sums the gradients over the processes.
+                    last = i + 1 == args.accum_steps
+                    with nullcontext() if last else stage.no_sync():
+                        loss = stage.loss(*next(crops), slice(first, first + args.batch_size), g)
+                        (loss / args.accum_steps).backward()
+                    run["losses"][step] += loss.detach() / args.accum_steps
+                optimizer.step()
+                run["step"] = step + 1
+                look = progress(f"{stage.name} epoch {epoch + 1}/{stage.epochs}  step {step + 1}"
+                                f"/{steps}")
+                bad = look and not run["losses"].isfinite().all()
+                stopped, bad = agree(len(SIGNALS) > 0, bad)
+                if bad:
+                    break
+                if stopped:
+                    run["seconds"] = time.time() - started
+                    stop(stage)
+            losses = all_sum(run["losses"].clone()) / WORLD_SIZE
+            check_finite(args, losses, epoch)
+
+            run["seconds"] = time.time() - started
+            columns = stage.end_epoch()
+            started = time.time() - run["seconds"]               # that was not time of training
+            seconds = run["seconds"] - run["epoch_began"]
+            speed = steps * args.global_batch / (seconds - float(columns.get("update_seconds", 0)))
+            loss, lr = losses.mean().item(), optimizer.param_groups[0]["lr"]
+            run["log"].append([str(epoch + 1), f"{loss:.5f}", f"{lr:.3e}", f"{speed:.0f}",
+                               f"{seconds:.2f}", *columns.values()])
+            run.update(epoch=epoch + 1, step=0)
+            write_log(stage)
+            left = run["seconds"] / (epoch + 1) * (stage.epochs - epoch - 1)
+            more = "".join(f"  {k} {value}" for k, value in columns.items() if float(value or 0))
+            say(f"{stage.name} epoch {epoch + 1}/{stage.epochs}  loss {loss:.4f}  lr {lr:.2e}"
+                f"  {speed:,.0f} images/s  {clock(left)} left{more}")
+            if (epoch + 1) % args.save_every == 0 or epoch + 1 == stage.epochs:
+                save_checkpoint(stage)
 
 
-def crop_images(args, data: Data, ids: Tensor, theta: Tensor) -> Tensor:
-    """The areas theta (B, 2, 3) of the training images ids (B,): pixels (B, 3, H, H), 0 to 255."""
-    crops = amt.crop(data.train[ids].float(), theta, args.img_size, "bicubic")
-    return crops.clamp(0, 255)                                   # bicubic overshoots
+def stop(stage: Stage):
+    """Saves and ends the program, as a signal to some process wants it."""
+    save_checkpoint(stage)
+    number = signal.Signals(SIGNALS[0] if SIGNALS else signal.SIGTERM)
+    say(f"stopped by {number.name} in {stage.name}, epoch {stage.run['epoch'] + 1}, after step "
+        f"{stage.run['step']}: the same command with --resume goes on from there")
+    sys.exit(128 + number)
+
+
+def check_finite(args, losses: Tensor, epoch: int):
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        step = bad[0].item()
+        fail(f"the loss is {losses[step].item()} in epoch {epoch + 1}, step {step + 1}: start "
+             f"again in another --out-dir with a lower learning rate (--blr is {args.blr:g}) or in "
+             f"fp32. The last checkpoint in {args.out_dir} is unharmed")
+
+
+# ------------------------------------------------------------------------------------------------
+# Pretraining
+
+
+def build_model(args) -> nn.Module:
+    encoder = build_encoder(args)
+    if args.method != "mae":
+        return amt.SimMIM(encoder, "hog" if args.method == "maskfeat" else "pixels")
+    return amt.MAE(encoder, args.decoder_embed_dim, args.decoder_depth,
+                   args.decoder_embed_dim // 32, norm_pix_loss=True)
 
 
 def policy(args, updated: bool) -> tuple[Callable, tuple[float, float]]:
@@ -318,198 +603,133 @@ def policy(args, updated: bool) -> tuple[Callable, tuple[float, float]]:
     return amt.STRATEGIES[args.masking], (args.mask_ratio, args.throw_ratio)
 
 
-def make_batch(args, data: Data, maps: Tensor | None, ids: Tensor, g: torch.Generator):
-    """This process's share of the batch `ids`: cropped images (B, 3, H, H) and a ranking (B, N) of
-    their units. `maps` (n, h, w) are the weights of all training images; None: no update yet."""
-    mine = my_rows(ids)
-    own = ids[mine]
-    theta = amt.random_crops(len(ids), METHODS[args.method].scale, generator=g)
-    images = crop_images(args, data, own, theta[mine])
-    weights = torch.ones(len(ids), args.num_units, device=DEVICE)
-    if maps is not None:
-        unit = args.mask_unit * args.patch_size                  # in pixels
-        weights[mine] = amt.crop_weights(maps[own], theta[mine], args.img_size, unit)
-    strategy, _ = policy(args, maps is not None)
-    return data.normalise(images), strategy(weights, g)[mine]
-
-
-def train_step(args, model: nn.Module, optimizer, images: Tensor, ranking: Tensor,
-               ratios: tuple[float, float]) -> Tensor:
-    masked, _, visible = split(args, ranking, ratios)
-    with precision(args):
-        loss, _ = model(images, visible, masked)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
 def split(args, ranking: Tensor, ratios: tuple[float, float]) -> list[Tensor]:
     """The patches masked, thrown and visible, by a ranking of units."""
     return [amt.expand_units(units, args.img_size // args.patch_size, args.mask_unit)
             for units in amt.mask_and_throw(ranking, *ratios, args.throw)]
 
 
-def update_maps(args, encoder: amt.ViT, data: Data) -> Tensor:
-    """The masking weights (n, h, w) of all training images, whole, each process doing its share."""
+def update_maps(args, encoder: amt.ViT, data: Data) -> Tensor | None:
+    """The masking weights (n, h, w), float16, of all training images, whole, of which each process
+    finds its share; None: a signal came."""
     h = encoder.grid_size
-    maps = torch.zeros(len(data.train), h, h, device=DEVICE)
-    for batch in my_batches(args, len(maps)):
+    maps = torch.zeros(len(data.train), h, h, dtype=torch.float16, device=DEVICE)
+    for ids, images in data.whole(args, "train", share(len(maps))):
+        if SIGNALS:
+            break
         with precision(args):
-            maps[batch] = amt.masking_weights(encoder, data.normalise(data.train[batch].float()))
-        progress(f"new attention maps: image {batch.start} of {len(maps)}")
-    return all_sum(maps)                                         # 0 here: another process's
+            maps[ids] = amt.masking_weights(encoder, data.normalise(images)).half()
+        progress(f"new attention maps: image {ids[0]} of {len(maps)}")
+    wait()
+    (stopped,) = agree(len(SIGNALS) > 0)
+    return None if stopped else all_sum(maps)                    # 0 here: another process's
 
 
-def pretrain(args, data: Data) -> amt.ViT:
-    """Trains and saves until --epochs are done; returns the encoder."""
-    model = build_model(args)
-    optimizer = build_optimizer(model)
-    peak_lr, batch = args.blr * args.global_batch / 256, args.global_batch
-    steps = len(data.train) // batch
-    run = {"epoch": 0, "seconds": 0.0, "update_seconds": 0.0, "maps": None, "snapshots": []}
-    if args.resume:
-        run = load_checkpoint(args, model, optimizer) or run
-    if all_sum(torch.tensor(run["epoch"], device=DEVICE)) != WORLD_SIZE * run["epoch"]:
-        fail(f"the processes found different checkpoints: --out-dir {args.out_dir} must be one "
-             f"directory for all nodes")
-    start_log(args, run["epoch"])
-    started = time.time() - run["seconds"]
+class Pretraining(Stage):
+    columns = [*Stage.columns, "update_seconds", "probe_accuracy"]
 
-    parallel = wrap(args, model)
-    model.train()
-    for epoch in range(run["epoch"], args.epochs):
-        epoch_started = time.time()
-        update_seconds = 0.0
-        if args.masking in BY_ATTENTION and epoch and epoch % args.update_interval == 0:
-            run["maps"] = update_maps(args, model.encoder, data)
-            shown = data.normalise(data.shown.float())
-            run["snapshots"].append(amt.masking_weights(model.encoder, shown))
-            save_attention(args, data, run["snapshots"])
-            update_seconds = time.time() - epoch_started
-        _, ratios = policy(args, run["maps"] is not None)
-        g = generator(args.seed, "pretrain", epoch)
-        order = torch.randperm(len(data.train), generator=g, device=DEVICE)
-        losses = torch.zeros(steps, device=DEVICE)
-        steps_started = time.time()
-        for step in range(steps):
-            set_lr(optimizer, peak_lr, epoch + step / steps, args.epochs, args.warmup_epochs)
-            ids = order[step * batch:(step + 1) * batch]
-            images, ranking = make_batch(args, data, run["maps"], ids, g)
-            losses[step] = train_step(args, parallel, optimizer, images, ranking, ratios)
-            if progress(f"epoch {epoch + 1}/{args.epochs}  step {step + 1}/{steps}"):
-                if WORLD_SIZE == 1:                              # several agree at the epoch's end
-                    check_finite(args, losses[:step + 1], epoch)
-        losses = all_sum(losses) / WORLD_SIZE
-        check_finite(args, losses, epoch)
+    def __init__(self, args, data: Data):
+        model = build_model(args).to(DEVICE)
+        super().__init__(args, data, "pretraining", "", model, build_optimizer(model), args.blr,
+                         args.epochs, len(data.train))
+        self.parallel, self.warmup = wrap(args, model), args.warmup_epochs
+        self.scale = METHODS[args.method].scale
+        self.run |= {"maps": None, "snapshots": [], "update_seconds": 0.0}
 
-        now = time.time()
-        run["epoch"], run["seconds"] = epoch + 1, now - started
-        run["update_seconds"] += update_seconds
-        loss, lr = losses.mean().item(), optimizer.param_groups[0]["lr"]
-        speed = steps * batch / (now - steps_started)
+    def start_epoch(self):
+        args, run, started = self.args, self.run, time.time()
+        run["update_seconds"] = 0.0
+        due = run["epoch"] and run["epoch"] % args.update_interval == 0
+        if due and args.masking in BY_ATTENTION:
+            maps = update_maps(args, self.model.encoder, self.data)
+            if maps is None:
+                stop(self)
+            run["maps"] = maps
+            shown = self.data.shown(args)
+            run["snapshots"].append(
+                amt.masking_weights(self.model.encoder, self.data.normalise(shown)))
+            if RANK == 0:                                        # what [CLS] attends to (Fig. 2)
+                rows = [shown / 255, *map(heat, run["snapshots"])]
+                save_grid(rows, args.out_dir / "attention.png")
+            run["update_seconds"] = time.time() - started
+
+    def rank(self, ids: Tensor, theta: Tensor, rows: slice, g: torch.Generator) -> Tensor:
+        """A ranking (B, N) of the units of these crops."""
+        args, maps = self.args, self.run["maps"]
+        weights = torch.ones(args.global_batch, args.num_units, device=DEVICE)
+        if maps is not None:
+            unit = args.mask_unit * args.patch_size              # in pixels
+            weights[rows] = amt.crop_weights(maps[ids].float(), theta, args.img_size, unit)
+        strategy, _ = policy(args, maps is not None)
+        return strategy(weights, g)[rows]
+
+    def loss(self, ids, images, theta, rows, g):
+        _, ratios = policy(self.args, self.run["maps"] is not None)
+        masked, _, visible = split(self.args, self.rank(ids, theta, rows, g), ratios)
+        with precision(self.args):
+            return self.parallel(self.data.normalise(images), visible, masked)[0]
+
+    def end_epoch(self):
         accuracy = ""
-        if args.probe_every and (epoch + 1) % args.probe_every == 0:
-            accuracy = f"{linear_probe(args, model.encoder, data, short=True):.2f}"
-            model.train()
-            started += time.time() - now                         # it is not time of pretraining
-        log(args, epoch + 1, f"{loss:.5f}", f"{lr:.3e}", f"{speed:.0f}",
-            f"{now - epoch_started:.2f}", f"{update_seconds:.2f}", accuracy)
-        left = run["seconds"] / (epoch + 1) * (args.epochs - epoch - 1)
-        say(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} images/s"
-            f"  {clock(left)} left"
-            + (f"  (new attention maps: {clock(update_seconds)})" if update_seconds else "")
-            + (f"  short probe {accuracy} %" if accuracy else ""))
-        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            save_checkpoint(args, model, optimizer, run)
-    if RANK == 0:
-        save_masking(args, model, data, run["maps"] is not None)
-    share = run["update_seconds"] / run["seconds"]
-    say(f"pretrained for {args.epochs} epochs in {clock(run['seconds'])}, of which "
-        f"{clock(run['update_seconds'])} ({share:.1%}) for {len(run['snapshots'])} updates of the "
-        f"attention maps")
-    return model.encoder
-
-
-def check_finite(args, losses: Tensor, epoch: int):
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        step = bad[0].item()
-        fail(f"the loss is {losses[step].item()} in epoch {epoch + 1}, step {step + 1}: start "
-             f"again in another --out-dir with a lower --blr (now {args.blr:g}) or in fp32. The "
-             f"last checkpoint in {args.out_dir} is unharmed")
+        if self.args.probe_every and (self.run["epoch"] + 1) % self.args.probe_every == 0:
+            save_checkpoint(self)                                # the probe may be stopped
+            probe = LinearProbe(self.args, self.data, self.model.encoder, short=True)
+            fit(probe)
+            accuracy = f"{probe.accuracy():.2f}"
+        return {"update_seconds": f"{self.run['update_seconds']:.2f}", "probe_accuracy": accuracy}
 
 
 # ------------------------------------------------------------------------------------------------
 # Linear probe and fine-tuning
 
 
-def train_classifier(args, data: Data, stage: str, epochs: int, warmup: int, model: nn.Module,
-                     optimizer, lr: float, batch_loss: Callable, logits: Callable) -> float:
-    """Test accuracy in percent, after the last epoch, of the `logits(images)` of a model trained by
-    `batch_loss(ids, g)`: the loss on this process's rows of the batch `ids`, with g for draws."""
-    n, batch, started = len(data.train_labels), args.global_batch, time.time()
-    steps = n // batch
-    for epoch in range(epochs):
-        model.train()
-        g = generator(args.seed, stage, epoch)
-        # Mixing and drop path draw from torch's own generators, here seeded for each process.
-        torch.manual_seed(generator(args.seed, stage, epoch, RANK).initial_seed())
-        order = torch.randperm(n, generator=g, device=DEVICE)
-        losses = torch.zeros(steps, device=DEVICE)
-        for step in range(steps):
-            set_lr(optimizer, lr, epoch + step / steps, epochs, warmup)
-            loss = batch_loss(order[step * batch:(step + 1) * batch], g)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[step] = loss.detach()
-            progress(f"{stage} epoch {epoch + 1}/{epochs}  step {step + 1}/{steps}")
-        left = (time.time() - started) / (epoch + 1) * (epochs - epoch - 1)
-        say(f"{stage} epoch {epoch + 1}/{epochs}  loss {losses.mean().item():.4f}"
-            f"  {clock(left)} left")
-
-    model.eval()
-    right = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    with torch.no_grad():
-        for own in my_batches(args, len(data.test)):
-            predicted = logits(data.normalise(data.test[own].float())).argmax(dim=1)
-            right += (predicted == data.test_labels[own]).sum()
-    return 100 * all_sum(right).item() / len(data.test)
-
-
-def random_crops_of(args, data: Data, ids: Tensor, g: torch.Generator) -> Tensor:
-    """Crops (B, 3, H, H), 0 to 255, of this process's rows of the batch `ids`."""
-    mine, theta = my_rows(ids), amt.random_crops(len(ids), generator=g)
-    return crop_images(args, data, ids[mine], theta[mine])
-
-
-def linear_probe(args, encoder: amt.ViT, data: Data, short: bool = False) -> float:
-    """Accuracy of a linear layer on the frozen [CLS]; `short`: after a tenth of the epochs."""
-    encoder.eval()
-    torch.manual_seed(args.seed)
-    head = nn.Sequential(nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6),
-                         nn.Linear(encoder.embed_dim, data.classes)).to(DEVICE)
-    nn.init.trunc_normal_(head[1].weight, std=0.01)
-    nn.init.zeros_(head[1].bias)
-    lr = args.probe_blr * args.global_batch / 256
-    optimizer = torch.optim.SGD(head.parameters(), lr=lr, momentum=0.9)
+class Classification(Stage):
+    """Has logits(images) of normalised images."""
 
     @torch.no_grad()
-    def cls_features(images: Tensor) -> Tensor:
-        with precision(args):
-            return encoder(images)[:, 0].float()                             # (B, D)
+    def accuracy(self) -> float:
+        """Of all test images, whole, in percent."""
+        self.model.eval()
+        data, right = self.data, torch.zeros((), dtype=torch.int64, device=DEVICE)
+        for ids, images in data.whole(self.args, "test", share(len(data.test))):
+            predicted = self.logits(data.normalise(images)).argmax(dim=1)
+            right += (predicted == data.test_labels[ids]).sum()
+        wait()
+        return 100 * all_sum(right).item() / len(data.test)
 
-    def batch_loss(ids: Tensor, g: torch.Generator) -> Tensor:
+
+class LinearProbe(Classification):
+    """A linear layer on the frozen [CLS]; `short`: for a tenth of the epochs."""
+
+    def __init__(self, args, data: Data, encoder: amt.ViT, short: bool = False):
+        torch.manual_seed(args.seed)
+        head = nn.Sequential(nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6),
+                             nn.Linear(encoder.embed_dim, data.classes)).to(DEVICE)
+        nn.init.trunc_normal_(head[1].weight, std=0.01)
+        nn.init.zeros_(head[1].bias)
+        epochs = max(1, args.probe_epochs // 10) if short else args.probe_epochs
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.0, momentum=0.9)
+        super().__init__(args, data, "probe", None if short else "probe-", head, optimizer,
+                         args.probe_blr, epochs, len(data.train_labels))
+        self.encoder = encoder
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        self.encoder.eval()
+        with precision(self.args):
+            return self.encoder(images)[:, 0].float()                        # (B, D)
+
+    def logits(self, images):
+        return self.model(self.features(images))
+
+    def loss(self, ids, images, theta, rows, g):
         # The processes divide the encoder's work and share its features; then each trains the
-        # same head on all of them. BatchNorm sees the whole batch, no gradient is exchanged.
-        features = torch.zeros(len(ids), encoder.embed_dim, device=DEVICE)
-        features[my_rows(ids)] = cls_features(data.normalise(random_crops_of(args, data, ids, g)))
-        return F.cross_entropy(head(all_sum(features)), data.train_labels[ids])
-
-    epochs = max(1, args.probe_epochs // 10) if short else args.probe_epochs
-    return train_classifier(args, data, "probe", epochs, 0, head, optimizer, lr, batch_loss,
-                            lambda images: head(cls_features(images)))
+        # same head on all of them. BatchNorm sees all of these, no gradient is exchanged.
+        features = self.features(self.data.normalise(images))
+        shared = torch.zeros(WORLD_SIZE, *features.shape, device=DEVICE)
+        labels = torch.zeros(WORLD_SIZE, len(ids), dtype=torch.int64, device=DEVICE)
+        shared[RANK], labels[RANK] = features, self.data.train_labels[ids]
+        return F.cross_entropy(self.model(all_sum(shared).flatten(0, 1)), all_sum(labels).flatten())
 
 
 class Classifier(nn.Module):
@@ -525,43 +745,38 @@ class Classifier(nn.Module):
         return self.head(self.encoder(images)[:, 0])
 
 
-def finetune(args, pretrained: amt.ViT, data: Data) -> float:
-    """Accuracy of the whole encoder with a linear layer on [CLS], by the recipe of He et al., 2022;
-    from scratch without their layer-wise decay of the learning rate."""
-    encoder = build_encoder(args, drop_path=0.1)
-    encoder.load_state_dict(pretrained.state_dict())
-    model = Classifier(encoder, data.classes).to(DEVICE)
-    depth, decay = len(encoder.blocks), 1.0 if args.checkpoint == "none" else 0.75
+class FineTuning(Classification):
+    """The whole encoder with a linear layer on [CLS], by the recipe of He et al., 2022; from
+    scratch without their layer-wise decay of the learning rate."""
 
-    def lr_scale(name: str) -> float:
-        part, *rest = name.removeprefix("encoder.").split(".")
-        layer = {"cls_token": 0, "patch_embed": 0, "norm": depth + 1, "head": depth + 1}
-        return decay ** (depth + 1 - (int(rest[0]) + 1 if part == "blocks" else layer[part]))
+    def __init__(self, args, data: Data, pretrained: amt.ViT):
+        encoder = build_encoder(args, drop_path=0.1)
+        encoder.load_state_dict(pretrained.state_dict())
+        model = Classifier(encoder, data.classes).to(DEVICE)
+        depth, decay = len(encoder.blocks), 1.0 if args.checkpoint == "none" else 0.75
 
-    optimizer = build_optimizer(model, 0.999, lr_scale)
-    parallel = wrap(args, model)
-    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=data.classes),
-                           v2.CutMix(alpha=1.0, num_classes=data.classes)])
-    rand_augment = v2.RandAugment()
+        def lr_scale(name: str) -> float:
+            part, *rest = name.removeprefix("encoder.").split(".")
+            layer = {"cls_token": 0, "patch_embed": 0, "norm": depth + 1, "head": depth + 1}
+            return decay ** (depth + 1 - (int(rest[0]) + 1 if part == "blocks" else layer[part]))
 
-    def logits(images: Tensor, model: nn.Module = model) -> Tensor:
-        with precision(args):
-            return model(images).float()
+        super().__init__(args, data, "fine-tuning", "finetune-", model,
+                         build_optimizer(model, 0.999, lr_scale), args.finetune_blr,
+                         args.finetune_epochs, len(data.train_labels))
+        self.parallel, self.warmup = wrap(args, model), self.epochs // 20
+        self.augment = args.randaugment
+        self.mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=data.classes),
+                                    v2.CutMix(alpha=1.0, num_classes=data.classes)])
 
-    def batch_loss(ids: Tensor, g: torch.Generator) -> Tensor:
-        images = random_crops_of(args, data, ids, g)
-        if args.randaugment:
-            images = torch.stack([rand_augment(image) for image in images.byte()]).float()
-        images, labels = mix(data.normalise(images), data.train_labels[ids[my_rows(ids)]])
-        return F.cross_entropy(logits(images, parallel), labels, label_smoothing=0.1)
+    def logits(self, images):
+        with precision(self.args):
+            return self.model(images).float()
 
-    lr, epochs = args.finetune_blr * args.global_batch / 256, args.finetune_epochs
-    accuracy = train_classifier(args, data, "fine-tuning", epochs, epochs // 20, model, optimizer,
-                                lr, batch_loss, logits)
-    if RANK == 0:
-        state = {name.removeprefix("encoder."): p for name, p in model.state_dict().items()}
-        write_file(args.out_dir / "finetuned.pth", lambda file: torch.save(state, file))
-    return accuracy
+    def loss(self, ids, images, theta, rows, g):
+        images, labels = self.mix(self.data.normalise(images), self.data.train_labels[ids])
+        with precision(self.args):
+            logits = self.parallel(images).float()
+        return F.cross_entropy(logits, labels, label_smoothing=0.1)
 
 
 def load_encoder(args, path: str) -> amt.ViT:
@@ -599,7 +814,7 @@ def load_encoder(args, path: str) -> amt.ViT:
 
 
 # ------------------------------------------------------------------------------------------------
-# Files and lines
+# Files
 
 
 def write_file(path: Path, write: Callable):
@@ -612,89 +827,72 @@ def write_file(path: Path, write: Callable):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         fail(f"cannot write {path} ({error}): make room, or give another --out-dir. What was there "
              f"is unharmed")
 
 
-SETTINGS = ["dataset", "num_images", "img_size", "model", "depth", "patch_size", "method",
-            "decoder_embed_dim", "decoder_depth", "masking", "mask_ratio", "throw_ratio", "throw",
-            "mask_unit", "update_interval", "epochs", "warmup_epochs", "global_batch", "blr",
-            "seed", "precision"]                                             # a run keeps its own
-LOG_COLUMNS = ["epoch", "loss", "lr", "images_per_second", "seconds", "update_seconds",
-               "probe_accuracy"]
+ALL = ["dataset", "num_images", "img_size", "model", "depth", "patch_size", "global_batch", "seed",
+       "precision"]
+SETTINGS = {  # that a stage keeps when it is resumed
+    "pretraining": [*ALL, "method", "decoder_embed_dim", "decoder_depth", "masking", "mask_ratio",
+                    "throw_ratio", "throw", "mask_unit", "update_interval", "epochs",
+                    "warmup_epochs", "blr"],
+    "probe": [*ALL, "checkpoint", "probe_epochs", "probe_blr"],
+    "fine-tuning": [*ALL, "checkpoint", "finetune_epochs", "finetune_blr", "randaugment"],
+}
 
 
-def save_checkpoint(args, model: amt.MAE, optimizer, run: dict):
-    if RANK == 0:
-        checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                      "settings": {name: getattr(args, name) for name in SETTINGS}, **run}
-        encoder = model.encoder.state_dict()
-        write_file(args.out_dir / "encoder.pth", lambda file: torch.save(encoder, file))
-        write_file(args.out_dir / "checkpoint.pth", lambda file: torch.save(checkpoint, file))
+def save_checkpoint(stage: Stage):
+    if RANK == 0 and stage.prefix is not None:
+        out_dir, settings = stage.args.out_dir, SETTINGS[stage.name]
+        checkpoint = {
+            "model": stage.model.state_dict(), "optimizer": stage.optimizer.state_dict(),
+            "settings": {name: getattr(stage.args, name) for name in settings}, **stage.run}
+        if stage.name == "pretraining":
+            encoder = stage.model.encoder.state_dict()
+            write_file(out_dir / "encoder.pth", lambda file: torch.save(encoder, file))
+        path = out_dir / f"{stage.prefix}checkpoint.pth"
+        write_file(path, lambda file: torch.save(checkpoint, file))
+    wait()
 
 
-def load_checkpoint(args, model: amt.MAE, optimizer) -> dict | None:
-    """Loads model and optimizer; returns the state of the run, or None where none was saved yet."""
-    path = args.out_dir / "checkpoint.pth"
-    if not path.exists():
-        say(f"{args.out_dir} holds no checkpoint yet: starting from the beginning")
-        return None
-    try:
-        run = torch.load(path, map_location=DEVICE, weights_only=True)
-        settings = run.pop("settings")
-    except Exception as error:                                   # torch.load raises many kinds
-        fail(f"{path} is damaged or not a checkpoint of this script ({reason(error)}): give "
-             f"another --out-dir")
-    differ = [f"{name} {settings.get(name)} (now {getattr(args, name)})"
-              for name in SETTINGS if settings.get(name) != getattr(args, name)]
-    if differ:
-        fail(f"{path} was made with other settings: {', '.join(differ)}. Resume with those, or "
-             f"give another --out-dir")
-    model.load_state_dict(run.pop("model"))
-    optimizer.load_state_dict(run.pop("optimizer"))
-    say(f"resuming {path} after epoch {run['epoch']}")
-    return run
+def load_checkpoint(stage: Stage):
+    args, path = stage.args, stage.args.out_dir / f"{stage.prefix}checkpoint.pth"
+    if path.exists():
+        try:
+            run = torch.load(path, map_location=DEVICE, weights_only=True)
+            model, optimizer, settings = (run.pop(k) for k in ("model", "optimizer", "settings"))
+            if run.keys() != stage.run.keys():
+                raise ValueError("of another version")
+        except Exception as error:                               # torch.load raises many kinds
+            fail(f"{path} is damaged or not a checkpoint of this script ({reason(error)}): give "
+                 f"another --out-dir")
+        differ = [f"{name} {settings.get(name)} (now {getattr(args, name)})"
+                  for name in SETTINGS[stage.name] if settings.get(name) != getattr(args, name)]
+        if differ:
+            fail(f"{path} was made with other settings: {', '.join(differ)}. Resume with those, or "
+                 f"give another --out-dir")
+        stage.model.load_state_dict(model)
+        stage.optimizer.load_state_dict(optimizer)
+        stage.run.update(run)
+    wait()
+    epoch, step = stage.run["epoch"], stage.run["step"]
+    if all_sum(torch.tensor([epoch, step])).tolist() != [WORLD_SIZE * epoch, WORLD_SIZE * step]:
+        fail(f"the processes found different checkpoints: --out-dir {args.out_dir} must be one "
+             f"directory for all nodes")
+    say(f"resuming {path} after epoch {epoch}" + f", step {step}" * (step > 0) if path.exists() else
+        f"{path} does not exist yet: {stage.name} starts from the beginning")
 
 
-def reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def start_log(args, epochs_done: int):
-    """Leaves in log.csv the header and the rows of the epochs done; later ones are trained anew."""
-    path = args.out_dir / "log.csv"
-    if RANK == 0:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        rows = lines[1:1 + epochs_done]
-        text = ",".join(LOG_COLUMNS) + "\n" + "".join(rows)
+def write_log(stage: Stage):
+    """A row an epoch that the run has: none that came after the checkpoint it goes on from."""
+    if RANK == 0 and stage.prefix is not None:
+        rows = [stage.columns, *stage.run["log"]]
+        text = "".join(",".join(row) + "\n" for row in rows)
+        path = stage.args.out_dir / f"{stage.prefix}log.csv"
         write_file(path, lambda file: file.write(text.encode()))
-
-
-def log(args, *values):
-    if RANK == 0:
-        with open(args.out_dir / "log.csv", "a") as file:
-            file.write(",".join(map(str, values)) + "\n")
-
-
-def progress(line: str) -> bool:
-    """Once a second: True, and on a terminal the line, which the next one overwrites."""
-    now = time.time()
-    if now - progress.shown < 1:
-        return False
-    progress.shown = now
-    if sys.stdout.isatty():
-        say(line, end="")
-    return True
-
-
-progress.shown = 0.0
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -704,7 +902,8 @@ def clock(seconds: float) -> str:
 def save_grid(rows: list[Tensor], path: Path):
     """Rows of pictures (8, 3, H, W) in [0, 1]."""
     images = torch.cat([F.interpolate(row, size=128, mode="nearest") for row in rows])
-    save_image(images, path, nrow=len(rows[0]), padding=4, pad_value=1.0)
+    write_file(path, lambda file: save_image(images, file, format="png", nrow=len(rows[0]),
+                                             padding=4, pad_value=1.0))
 
 
 def heat(maps: Tensor) -> Tensor:
@@ -712,22 +911,17 @@ def heat(maps: Tensor) -> Tensor:
     return torch.stack([3 * maps, 3 * maps - 1, 3 * maps - 2], dim=1).clamp(0, 1)
 
 
-def save_attention(args, data: Data, snapshots: list[Tensor]):
-    """attention.png: eight test images; below, a row an update, what [CLS] attended to (Fig. 2)."""
-    if RANK == 0:
-        save_grid([data.shown / 255, *map(heat, snapshots)], args.out_dir / "attention.png")
-
-
 @torch.no_grad()
-def save_masking(args, model: amt.MAE, data: Data, updated: bool):
+def save_masking(stage: Pretraining):
     """masking.png: eight test images, their attention, what is masked (grey) and thrown (black),
     and, where pixels are predicted, the reconstruction; MAE's predictions, which are normalised
     patch by patch, get each patch's mean and contrast back."""
-    p = args.patch_size
-    images = data.normalise(data.shown.float())
+    args, data, model, p = stage.args, stage.data, stage.model, stage.args.patch_size
+    shown = data.shown(args) / 255
+    images = data.normalise(255 * shown)
     maps = amt.masking_weights(model.encoder, images)
     weights = amt.patchify(maps[:, None], args.mask_unit).sum(dim=2)         # (8, N)
-    strategy, _ = policy(args, updated)
+    strategy, _ = policy(args, stage.run["maps"] is not None)
     ranking = strategy(weights, generator(args.seed, "picture"))
     masked, thrown, visible = split(args, ranking, (args.mask_ratio, args.throw_ratio))
     _, pred = model(images, visible, masked)
@@ -740,9 +934,8 @@ def save_masking(args, model: amt.MAE, data: Data, updated: bool):
     def paint(patches, ids, colours):
         return patches.scatter(1, ids[:, :, None].expand(-1, -1, patches.shape[2]), colours)
 
-    patches = paint(amt.patchify(data.shown / 255, p), thrown, 0.0)
-    hidden = paint(patches, masked, 0.5)
-    rows = [data.shown / 255, heat(maps), amt.unpatchify(hidden, p)]
+    patches = paint(amt.patchify(shown, p), thrown, 0.0)
+    rows = [shown, heat(maps), amt.unpatchify(paint(patches, masked, 0.5), p)]
     if args.method != "maskfeat":
         predicted = paint(patches, masked, (pred * std + mean).clamp(0, 1))
         rows.append(amt.unpatchify(predicted, p))
@@ -755,47 +948,50 @@ def save_masking(args, model: amt.MAE, data: Data, updated: bool):
 
 def benchmark(args):
     """Prints the time of a step by random masking and AMT, taken in turn, and of an update."""
-    g = generator(args.seed, "benchmark")
-    size = (args.batch_size, 3, args.img_size, args.img_size)
-    images = torch.randint(256, size, generator=g, device=DEVICE).byte()
-    mean, std = torch.full((2, 3, 1, 1), 127.5, device=DEVICE)
-    data = Data(images, None, None, None, mean, std)
-    model = build_model(args).train()
-    optimizer = build_optimizer(model)
-    set_lr(optimizer, 1e-4, 0, 1)
-    compiled = torch.compile(model) if args.compile else model
-    maps = update_maps(args, model.encoder, data)
-    ids = torch.arange(args.batch_size, device=DEVICE)
+    g, n, cuda = generator(args.seed, "benchmark"), args.batch_size, DEVICE.type == "cuda"
+    images = torch.randint(256, (n, 3, args.img_size, args.img_size), generator=g, device=DEVICE)
+    labels, (mean, std) = images[:, 0, 0, 0], torch.full((2, 3, 1, 1), 127.5, device=DEVICE)
+    data = Data(images.byte(), labels, images.byte(), labels, mean, std)
+    stage = Pretraining(args, data)
+    set_lr(stage.optimizer, 1e-4, 0, 1)
+    stage.model.train()
+    maps, ids = update_maps(args, stage.model.encoder, data), torch.arange(n, device=DEVICE)
 
-    def step(maps: Tensor | None, ratios: tuple[float, float]):
-        train_step(args, compiled, optimizer, *make_batch(args, data, maps, ids, g), ratios)
+    def step(masking: str, ratios: tuple[float, float]):
+        mask_ratio, throw_ratio = ratios
+        stage.args = argparse.Namespace(**{**vars(args), "masking": masking,
+                                           "mask_ratio": mask_ratio, "throw_ratio": throw_ratio})
+        stage.run["maps"] = maps if masking == "attention" else None
+        stage.optimizer.zero_grad()
+        crops = next(data.crops(args, stage.scale, False, ids, ids, g))
+        stage.loss(*crops, slice(0, n), g).backward()
+        stage.optimizer.step()
 
     method = METHODS[args.method]
-    jobs = {f"random {method.random[0]:.2f}": lambda: step(None, method.random),
-            f"AM {method.random[0]:.2f}": lambda: step(maps, method.random)}
+    jobs = {f"random {method.random[0]:.2f}": partial(step, "random", method.random),
+            f"AM {method.random[0]:.2f}": partial(step, "attention", method.random)}
     for ratios in method.amt:
-        jobs["AMT {:.2f}/{:.2f}".format(*ratios)] = partial(step, maps, ratios)
-    jobs["update"] = lambda: update_maps(args, model.encoder, data)
+        jobs["AMT {:.2f}/{:.2f}".format(*ratios)] = partial(step, "attention", ratios)
+    jobs["update"] = lambda: update_maps(args, stage.model.encoder, data)
     times = {name: [] for name in jobs}
     warmup, rounds = 3, 10
     for i in range(warmup + rounds):
         for name, job in jobs.items():
             started = time.perf_counter()
             job()
-            if DEVICE.type == "cuda":
+            if cuda:
                 torch.cuda.synchronize()
             if i >= warmup:
                 times[name].append(time.perf_counter() - started)
-    cuda = DEVICE.type == "cuda"
     decoder = (f"decoder {args.decoder_embed_dim} wide, {args.decoder_depth} blocks"
                if args.method == "mae" else f"units of {args.mask_unit}x{args.mask_unit} patches")
     chip = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    say(f"{args.method}, {args.model}, {len(model.encoder.blocks)} blocks; {decoder}; images "
-        f"{args.img_size}, patches {args.patch_size}, batch {args.batch_size}, {args.precision}; "
-        f"{chip}, torch {torch.__version__}; {rounds} rounds")
+    say(f"{args.method}, {args.model}, {len(stage.model.encoder.blocks)} blocks; {decoder}; images "
+        f"{args.img_size}, patches {args.patch_size}, batch {n}, {args.precision}; {chip}, torch "
+        f"{torch.__version__}; {rounds} rounds")
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     for name, median in medians.items():
-        say(f"{name:14} {1000 * median:8.1f} ms  {args.batch_size / median:8,.0f} images/s  "
+        say(f"{name:14} {1000 * median:8.1f} ms  {n / median:8,.0f} images/s  "
             f"{median / next(iter(medians.values())):.2f} of random")
 
 
@@ -805,24 +1001,15 @@ def benchmark(args):
 VITS = {name: getattr(amt, name)
         for name in ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]}
 DEFAULTS = {  # where a data set's are not those of parse_args
-    "cifar10": {},
-    "cifar100": {},
-    "stl10": {"img_size": 96, "patch_size": 8},
+    "cifar10": {}, "cifar100": {}, "stl10": {"img_size": 96, "patch_size": 8},
     "tiny-imagenet": {"img_size": 64, "patch_size": 8},
     "folder": {"img_size": 224, "patch_size": 16},
+    "imagenet": {"img_size": 224, "patch_size": 16, "model": "vit_base", "decoder_embed_dim": 512,
+                 "decoder_depth": 8, "blr": 1.5e-4, "save_every": 1},
     "shapes": {"depth": 3, "decoder_embed_dim": 96, "decoder_depth": 1, "epochs": 24,
                "update_interval": 4, "batch_size": 64, "blr": 4e-3, "probe_epochs": 8,
                "probe_blr": 0.5},
 }
-
-
-def at_least(low: int):
-    def whole_number(text: str) -> int:
-        if not (text.lstrip("-").isdigit() and int(text) >= low):
-            raise argparse.ArgumentTypeError(
-                f"{text} is not allowed: give a whole number of at least {low}")
-        return int(text)
-    return whole_number
 
 
 class Parser(argparse.ArgumentParser):
@@ -830,169 +1017,199 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (see --help)")
 
 
+def at_least(low: int):
+    def whole_number(text: str) -> int:
+        if not (text.lstrip("-").isdigit() and low <= int(text) < 2 ** 31):
+            raise argparse.ArgumentTypeError(
+                f"{text} is not allowed: give a whole number from {low} to {2 ** 31 - 1}")
+        return int(text)
+    return whole_number
+
+
+def rate(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a learning rate: give a number above 0")
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--dataset", choices=DEFAULTS, default="cifar10",
-        help="cifar10 (the default), cifar100, stl10 (pretrains on the unlabelled images, too), "
-             "tiny-imagenet, folder (train/<class>/... and val/<class>/...), or made: shapes, with "
-             "smaller defaults of its own")
-    add("--data-path", default="data", metavar="DIR",
-        help="of the images; CIFAR and STL-10 are downloaded to it (data)")
-    add("--num-images", type=at_least(1), default=2500, metavar="N",
-        help="training images of --dataset shapes (2500)")
-    add("--img-size", type=at_least(1), default=32, metavar="PIXELS",
-        help="(32; stl10: 96, tiny-imagenet: 64, folder: 224)")
-    add("--out-dir", type=Path, default=Path("out"), metavar="DIR", help="of the run's files (out)")
-    add("--resume", action="store_true", help="go on with the run in --out-dir")
-    add("--save-every", type=at_least(1), default=10, metavar="EPOCHS", help="(10)")
-    add("--seed", type=at_least(0), default=0, metavar="N", help="(0)")
+    some, number = {"type": at_least(1)}, {"type": at_least(0)}
+
+    def add(flag: str, text: str = "(%(default)s)", default=None, **kwargs):
+        parser.add_argument(flag, help=text, default=default, **kwargs)
+
+    add("--dataset", "cifar10, cifar100, stl10: downloaded; tiny-imagenet; folder: train/<class>/ "
+        "and val/<class>/, held in memory; imagenet: the same, decoded in each epoch; shapes: made",
+        "cifar10", choices=DEFAULTS)
+    add("--data-path", "of the images, DIR (%(default)s)", "data", metavar="DIR")
+    add("--num-images", "for training, of --dataset shapes (%(default)s)", 2500, **some)
+    add("--img-size", "in pixels, of a side (%(default)s)", 32, **some)
+    add("--workers", "that decode images, of each process (%(default)s)",
+        min(16, max(1, (os.cpu_count() or 1) // LOCAL_WORLD_SIZE)), **number)
+    add("--out-dir", "of the run's files, DIR (%(default)s)", Path("out"), type=Path)
+    add("--resume", "go on with the run in --out-dir", False, action="store_true")
+    add("--save-every", "so many epochs (%(default)s)", 10, **some)
+    add("--seed", default=0, **number)
     # the model
-    add("--model", choices=VITS, default="vit_tiny", help="the encoder (vit_tiny)")
-    add("--depth", type=at_least(1), metavar="BLOCKS", help="of the encoder (the model's own)")
-    add("--patch-size", type=at_least(1), default=4, metavar="PIXELS",
-        help="(4; stl10, tiny-imagenet: 8, folder: 16)")
-    add("--decoder-embed-dim", type=at_least(32), default=192, metavar="D",
-        help="a multiple of 32: each head has 32 (192)")
-    add("--decoder-depth", type=at_least(1), default=4, metavar="BLOCKS", help="(4)")
+    add("--model", default="vit_tiny", choices=VITS)
+    add("--depth", "of the encoder, in blocks (the model's own)", **some)
+    add("--patch-size", "in pixels, of a side (%(default)s)", 4, **some)
+    add("--decoder-embed-dim", "a multiple of 32, as each head has 32 (%(default)s)", 192, **some)
+    add("--decoder-depth", "in blocks (%(default)s)", 4, **some)
     # the method
-    add("--method", choices=METHODS, default="mae",
-        help="mae (the default), simmim, or maskfeat, which is simmim with HOG targets")
-    add("--masking", choices=amt.STRATEGIES, default="attention",
-        help="what patches are ranked by: attention, drawn (the default); random; attmask: the "
-             "highest attention first; mst: the lowest; block; grid")
-    add("--mask-ratio", type=float, metavar="R",
-        help="share of patches that are masked (by attention 0.45 with mae, else 0.44; by all "
-             "other strategies 0.75 with mae, 0.60 with simmim, 0.40 with maskfeat)")
-    add("--throw-ratio", type=float, metavar="T",
-        help="share of patches that are thrown (by attention 0.40 with mae, else 0.26; by all "
-             "other strategies 0)")
-    add("--throw", choices=["middle", "lowest"], default="middle",
-        help="of the ranking is thrown (middle)")
-    add("--mask-unit", type=at_least(1), metavar="PATCHES",
-        help="side of the squares that are masked as one (mae: 1, simmim and maskfeat: 2)")
-    add("--update-interval", type=at_least(1), metavar="EPOCHS",
-        help="from one update of the attention maps to the next (a tenth of --epochs)")
+    add("--method", "maskfeat is simmim with HOG targets (%(default)s)", "mae", choices=METHODS)
+    add("--masking", "what patches are ranked by: attention, drawn; random; attmask: the highest "
+        "attention first; mst: the lowest; block; grid (%(default)s)", "attention",
+        choices=amt.STRATEGIES)
+    add("--mask-ratio", "share of patches that are masked (0.45 by attention with mae, else 0.44; "
+        "by other strategies 0.75 with mae, 0.60 with simmim, 0.40 with maskfeat)", type=float)
+    add("--throw-ratio", "share of patches that are thrown (0.40 by attention with mae, else 0.26; "
+        "by other strategies 0)", type=float)
+    add("--throw", "part of the ranking (%(default)s)", "middle", choices=["middle", "lowest"])
+    add("--mask-unit", "side, in patches, of what is masked as one (mae: 1, others: 2)", **some)
+    add("--update-interval", "of the attention maps, in epochs (a tenth of --epochs)", **some)
     # the schedules
-    add("--epochs", type=at_least(0), default=400, metavar="N",
-        help="of pretraining; 0 for --checkpoint (400)")
-    add("--warmup-epochs", type=at_least(0), metavar="N", help="(a tenth of --epochs)")
-    add("--batch-size", type=at_least(1), default=512, metavar="B", help="per process (512)")
-    add("--blr", type=float, default=5e-4, metavar="LR",
-        help="learning rate for a batch, of all processes, of 256; it grows with the batch (5e-4)")
-    add("--checkpoint", metavar="FILE",
-        help="with --epochs 0: the encoder to probe or to fine-tune, from this script, timm or "
-             "MAE's authors; none: an untrained one")
-    add("--probe-epochs", type=at_least(0), default=90, metavar="N",
-        help="0: no linear probe (90; with --checkpoint none: 0)")
-    add("--probe-blr", type=float, default=0.1, metavar="LR", help="as --blr, of the probe (0.1)")
-    add("--probe-every", type=at_least(1), metavar="EPOCHS",
-        help="of pretraining: probe for a tenth of --probe-epochs; the accuracy goes to log.csv")
-    add("--finetune-epochs", type=at_least(0), default=0, metavar="N", help="0: none (0)")
-    add("--finetune-blr", type=float, default=1e-3, metavar="LR",
-        help="as --blr, of fine-tuning; each layer has 0.75 of the next one's (1e-3)")
-    add("--randaugment", action="store_true",
-        help="fine-tune with RandAugment after crop and flip (not without)")
+    add("--epochs", "of pretraining; 0 for --checkpoint (%(default)s)", 400, **number)
+    add("--warmup-epochs", "(a tenth of --epochs)", **number)
+    add("--batch-size", "of each process (%(default)s)", 512, **some)
+    add("--accum-steps", "batches of each process to a step (%(default)s)", 1, **some)
+    add("--blr", "learning rate for 256 images a step in all, growing with these (%(default)s)",
+        5e-4, type=rate)
+    add("--checkpoint", "with --epochs 0: FILE with the encoder to probe or to fine-tune, of this "
+        "script, timm or MAE's authors; none: an untrained one")
+    add("--probe-epochs", "0: no linear probe (%(default)s)", 90, **number)
+    add("--probe-blr", "as --blr (%(default)s)", 0.1, type=rate)
+    add("--probe-every", "so many epochs of pretraining, for a tenth of --probe-epochs", **some)
+    add("--finetune-epochs", "0: no fine-tuning (%(default)s)", 0, **number)
+    add("--finetune-blr", "as --blr; a layer has 0.75 of the next one's (%(default)s)", 1e-3,
+        type=rate)
+    add("--randaugment", "after crop and flip in fine-tuning", False, action="store_true")
     # the machine
-    add("--precision", choices=["bf16", "fp32"],
-        help="bf16 autocast (the default on GPUs that have it) or fp32")
-    add("--compile", action="store_true", help="use torch.compile")
-    add("--benchmark", action="store_true", help="only time training steps, on random images")
+    add("--precision", "(bf16 autocast on GPUs that have it)", choices=["bf16", "fp32"])
+    add("--compile", "by torch.compile", False, action="store_true")
+    add("--benchmark", "only time steps, on random images", False, action="store_true")
 
     first = parser.parse_known_args(argv)[0]
     parser.set_defaults(**DEFAULTS[first.dataset])
     if first.checkpoint == "none":
         parser.set_defaults(probe_epochs=0)
     args = parser.parse_args(argv)
-    args.global_batch = args.batch_size * WORLD_SIZE
+    args.global_batch = args.batch_size * args.accum_steps * WORLD_SIZE
     method = METHODS[args.method]
     mask_ratio, throw_ratio = method.amt[0] if args.masking == "attention" else method.random
     args.mask_ratio = mask_ratio if args.mask_ratio is None else args.mask_ratio
     args.throw_ratio = throw_ratio if args.throw_ratio is None else args.throw_ratio
     args.mask_unit = args.mask_unit or method.mask_unit
+    args.num_units = (args.img_size // args.patch_size // args.mask_unit) ** 2
     args.update_interval = args.update_interval or max(1, round(args.epochs / 10))
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs // 10
     bf16 = DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     args.precision = args.precision or ("bf16" if bf16 else "fp32")
-
-    if args.img_size % args.patch_size:
-        fail(f"--patch-size {args.patch_size} does not divide the image size {args.img_size}: "
-             f"give one that does")
-    grid = args.img_size // args.patch_size
-    if grid % args.mask_unit:
-        fail(f"--mask-unit {args.mask_unit} does not divide the grid of {grid}x{grid} patches: "
-             f"give one that does")
-    if args.method == "maskfeat" and args.patch_size % 2:
-        fail(f"--patch-size {args.patch_size} is odd, and a cell of --method maskfeat is half a "
-             f"patch: give an even one")
-    args.num_units = (grid // args.mask_unit) ** 2
-    if args.decoder_embed_dim % 32:
-        fail(f"--decoder-embed-dim {args.decoder_embed_dim} is not a multiple of 32: give one")
-    for flag, value in [("--blr", args.blr), ("--probe-blr", args.probe_blr),
-                        ("--finetune-blr", args.finetune_blr)]:
-        if not 0 < value < math.inf:
-            fail(f"{flag} {value} is not a learning rate: give a number above 0")
-    if bool(args.epochs) == bool(args.checkpoint):
-        fail(f"--epochs {args.epochs} with --checkpoint {args.checkpoint}: give --epochs above 0, "
-             f"to pretrain, or --epochs 0 and a --checkpoint, FILE or none, to start from")
-    if args.epochs and args.warmup_epochs >= args.epochs:
-        fail(f"--warmup-epochs {args.warmup_epochs} is not less than --epochs {args.epochs}: "
-             f"give fewer")
-    try:
-        for ratios in [method.random, (args.mask_ratio, args.throw_ratio)]:
-            amt.mask_and_throw(torch.empty(1, args.num_units), *ratios)
-    except ValueError as error:
-        fail(f"{error} (see --mask-ratio, --throw-ratio, --patch-size)")
-    if DEVICE.type == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
-        fail(f"more processes on a machine than its {torch.cuda.device_count()} GPUs: "
-             f"give torchrun a smaller --nproc_per_node")
-    if args.benchmark and WORLD_SIZE > 1:
-        fail("--benchmark times a single process: start it without torchrun")
-    if (args.out_dir / "checkpoint.pth").exists() and not (
-            args.resume or args.benchmark or args.checkpoint):
-        fail(f"{args.out_dir} holds the checkpoint of a run: go on with it by --resume, or give "
-             f"another --out-dir")
-    if (args.out_dir / "finetuned.pth").exists() and args.finetune_epochs and not args.resume:
-        fail(f"{args.out_dir} holds a finetuned.pth, which --finetune-epochs would write over: "
-             f"give another --out-dir")
+    check(args)
     return args
+
+
+def check(args):
+    """Refuses flags that contradict each other, before any data is loaded."""
+    held = [name for name, epochs in [("checkpoint.pth", args.epochs),
+                                      ("probe-checkpoint.pth", args.probe_epochs),
+                                      ("finetune-checkpoint.pth", args.finetune_epochs),
+                                      ("finetuned.pth", args.finetune_epochs)]
+            if epochs and (args.out_dir / name).exists()]
+    gpus = torch.cuda.device_count() if DEVICE.type == "cuda" else LOCAL_WORLD_SIZE
+    for wrong, message in [
+        (args.decoder_embed_dim % 32,
+         f"--decoder-embed-dim {args.decoder_embed_dim} is not a multiple of 32: give one"),
+        (bool(args.epochs) == bool(args.checkpoint),
+         f"--epochs {args.epochs} with --checkpoint {args.checkpoint}: give --epochs above 0, to "
+         f"pretrain, or --epochs 0 and a --checkpoint, FILE or none, to start from"),
+        (args.epochs and args.warmup_epochs >= args.epochs,
+         f"--warmup-epochs {args.warmup_epochs} is not less than --epochs {args.epochs}"),
+        (LOCAL_RANK >= gpus, f"more processes on a machine than its {gpus} GPUs: give torchrun a "
+                             f"smaller --nproc_per_node"),
+        (args.benchmark and WORLD_SIZE > 1,
+         "--benchmark times a single process: start it without torchrun"),
+        (held and not (args.resume or args.benchmark),
+         f"{args.out_dir} holds the {' and '.join(held)} of a run: go on with it by --resume, or "
+         f"give another --out-dir"),
+    ]:
+        if wrong:
+            fail(message)
+    try:
+        with torch.device("meta"):
+            build_model(args)
+        for ratios in [METHODS[args.method].random, (args.mask_ratio, args.throw_ratio)]:
+            split(args, torch.zeros(1, args.num_units, dtype=torch.int64), ratios)
+    except ValueError as error:
+        fail(f"{error} (see --img-size, --patch-size, --mask-unit, --mask-ratio, --throw-ratio)")
+
+
+def run(args):
+    try:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot make --out-dir {args.out_dir} ({error}): give one that can be made")
+    started, data = time.time(), load_data(args)
+    wait()
+    if args.global_batch > len(data.train_labels):
+        fail(f"a batch of {args.global_batch} is more than the {len(data.train_labels)} training "
+             f"images with labels: give a smaller --batch-size")
+    say(f"{args.dataset}: {len(data.train)} training and {len(data.test)} test images; "
+        f"{args.model} on {DEVICE}, {args.precision}, batch {args.global_batch} over {WORLD_SIZE} "
+        f"process{'es' * (WORLD_SIZE > 1)}")
+    if args.checkpoint:
+        encoder = load_encoder(args, args.checkpoint)
+    else:
+        stage = Pretraining(args, data)
+        fit(stage)
+        if RANK == 0:
+            save_masking(stage)
+        encoder, seconds = stage.model.encoder, stage.run["seconds"]
+        updates = sum(float(row[stage.columns.index("update_seconds")]) for row in stage.run["log"])
+        say(f"pretrained for {args.epochs} epochs in {clock(seconds)}, of which {clock(updates)} "
+            f"({updates / seconds:.1%}) for {len(stage.run['snapshots'])} updates of the attention "
+            f"maps")
+    for kind, epochs in [(LinearProbe, args.probe_epochs), (FineTuning, args.finetune_epochs)]:
+        if epochs:
+            stage = kind(args, data, encoder)
+            fit(stage)
+            say(f"{stage.name}: {stage.accuracy():.2f} % of {len(data.test)} test images right "
+                f"after epoch {epochs}, the last")
+    if args.finetune_epochs and RANK == 0:
+        state = {name.removeprefix("encoder."): p for name, p in stage.model.state_dict().items()}
+        write_file(args.out_dir / "finetuned.pth", lambda file: torch.save(state, file))
+    files = sorted(path.name for path in args.out_dir.iterdir())
+    say(f"done in {clock(time.time() - started)}; in {args.out_dir}: {', '.join(files)}")
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
 
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     torch.set_float32_matmul_precision("high")
-    if WORLD_SIZE > 1:
-        if DEVICE.type == "cuda":
-            torch.cuda.set_device(DEVICE)
-        dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
     if args.benchmark:
         return benchmark(args)
-
-    started = time.time()
-    data = load_data(args)
-    if args.global_batch > len(data.train_labels):
-        fail(f"a batch of {args.global_batch} is more than the {len(data.train_labels)} training "
-             f"images with labels: give a smaller --batch-size")
     try:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot make --out-dir {args.out_dir} ({error}): give one that can be made")
-    say(f"{args.dataset}: {len(data.train)} training and {len(data.test)} test images; "
-        f"{args.model} on {DEVICE}, {args.precision}, batch {args.global_batch} over {WORLD_SIZE} "
-        f"process{'es' * (WORLD_SIZE > 1)}")
-    encoder = load_encoder(args, args.checkpoint) if args.checkpoint else pretrain(args, data)
-    for stage, function, epochs in [("linear probe", linear_probe, args.probe_epochs),
-                                    ("fine-tuning", finetune, args.finetune_epochs)]:
-        if epochs:
-            say(f"{stage}: {function(args, encoder, data):.2f} % of {len(data.test)} test images "
-                f"right after epoch {epochs}, the last")
-    files = ["checkpoint.pth", "encoder.pth", "log.csv", "masking.png", "attention.png",
-             "finetuned.pth"]
-    files = [name for name in files if (args.out_dir / name).exists()]
-    say(f"done in {clock(time.time() - started)}; in {args.out_dir}: {', '.join(files)}")
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
+        if WORLD_SIZE > 1:
+            if DEVICE.type == "cuda":
+                torch.cuda.set_device(DEVICE)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo",
+                                    timeout=timedelta(seconds=45))
+            wait.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+        return run(args)
+    except SystemExit as error:
+        end = error.code
+    except KeyboardInterrupt:
+        end = "stopped: the same command with --resume goes on from the last checkpoint"
+    except RuntimeError as error:
+        if WORLD_SIZE == 1 or not re.search("gloo|NCCL|onnection", str(error)):
+            raise
+        end = (f"train_cifar.py: error: lost another process ({reason(error)}): its error, if any, "
+               f"is above; the same command with --resume goes on from the last checkpoint")
+    sys.exit(end)                       # only here, where nothing holds the loader and its workers
 
 
 if __name__ == "__main__":
