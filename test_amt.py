@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import nn
 
 import amt
@@ -1763,6 +1764,151 @@ def test_train_on_a_folder_from_the_command_line(tmp_path, capsys):
     assert picture.shape == (4 * 132 + 4, 6 * 132 + 4, 3)
 
 
+def picture(width, height, seed=0):
+    """A smooth random image, no two of whose places look alike."""
+    small = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def make_pictures(root):
+    """Two classes with pictures of many sizes and modes: 37 to train on and 7 to test."""
+    kinds = itertools.cycle(["RGB", "L", "CMYK", "P", "RGBA", "LA", "1", *"2345678"])
+    for i in range(44):
+        kind, image = next(kinds), picture(20 + 7 * i, 300 - 6 * i, i)
+        path = root / ("train" if i < 37 else "val") / f"n{i % 2}" / str(i)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if kind.isdigit() and kind != "1":  # turned or mirrored, as EXIF says
+            exif = Image.Exif()
+            exif[0x0112] = int(kind)
+            image.save(path.with_suffix(".jpg"), exif=exif)
+        else:
+            suffix = ".JPEG" if kind in ("RGB", "L", "CMYK") else ".png"
+            image.convert(kind).save(path.with_suffix(suffix))
+    return root
+
+
+ON_DISK = ["--dataset", "imagenet", "--model", "vit_tiny", "--img-size", "32", "--patch-size", "8"]
+ON_DISK += ["--blr", "1e-2", "--batch-size", "12", "--num-images", "2500"]
+
+
+def on_disk(root, *flags):
+    args = train_cifar.parse_args([*SMALL, *ON_DISK, "--data-path", str(root), *flags])
+    return args, train_cifar.load_data(args)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_images_on_disk_are_shown_as_they_are_cropped(workers, tmp_path):
+    args, data = on_disk(make_pictures(tmp_path), "--workers", workers)
+    assert isinstance(data, train_cifar.Files) and len(data.train) == 37 and len(data.test) == 7
+    assert data.train_labels.tolist() == [int("/n1/" in path) for path in data.train]
+    assert data.test_labels.tolist() == [int("/n1/" in path) for path in data.test]
+    order = torch.randperm(37, generator=rng())
+    ids, images, theta = drawn(args, data, order)
+    assert torch.equal(ids, order) and images.shape == (37, 3, 32, 32)
+    assert ((theta[:, 0, 0] < 0).sum() - 18).abs() < 10  # flips
+    for number, image, crop in zip(ids.tolist(), images, theta):
+        with Image.open(data.train[number]) as file:
+            whole = ImageOps.exif_transpose(file).convert("RGB")
+        W, H = whole.size
+        area, aspect = (crop[0, 0] * crop[1, 1]).abs(), W / H * (crop[0, 0] / crop[1, 1]).abs()
+        inner = max(crop[0, 0].abs(), crop[1, 1].abs()) < 0.95  # not cut short by the image's side
+        assert area < 1.01 and (not inner or (area > 0.18 and 0.7 < aspect < 1.42))
+        box = [((s * crop[i, i].abs() + crop[i, 2] + 1) / 2) for s in (-1, 1) for i in (0, 1)]
+        box = [(x * side).item() for x, side in zip(box, [W, H, W, H])]
+        expected = whole.resize((32, 32), Image.Resampling.BICUBIC, [max(x, 0) for x in box])
+        expected = ImageOps.mirror(expected) if crop[0, 0] < 0 else expected
+        expected = torch.from_numpy(np.array(expected)).permute(2, 0, 1).float()
+        assert (image - expected).abs().mean() < (20 if whole.mode == "1" else 6)
+
+
+def test_images_on_disk_are_whole_for_their_maps_and_cut_for_the_test(tmp_path):
+    args, data = on_disk(make_pictures(tmp_path), "--workers", "1")
+    for split_name, paths in [("train", data.train), ("test", data.test)]:
+        ids = torch.arange(len(paths) - 1, 0, -2)
+        batches = list(data.whole(args, split_name, ids))
+        assert torch.equal(torch.cat([some for some, _ in batches]), ids)
+        for number, image in zip(ids.tolist(), torch.cat([images for _, images in batches])):
+            with Image.open(paths[number]) as file:
+                whole = ImageOps.exif_transpose(file).convert("RGB")
+            W, H = whole.size
+            side = 0.875 * min(W, H)  # of the test images, the middle
+            box = [(W - side) / 2, (H - side) / 2, (W + side) / 2, (H + side) / 2]
+            box = [0, 0, W, H] if split_name == "train" else box
+            expected = whole.resize((32, 32), Image.Resampling.BICUBIC, box)
+            expected = torch.from_numpy(np.array(expected)).permute(2, 0, 1).float()
+            assert (image - expected).abs().mean() < 6
+
+
+def test_large_jpegs_are_decoded_no_larger_than_the_crop_needs(tmp_path, monkeypatch):
+    decoded, decoder = [], train_cifar.Decoder([tmp_path / "a.jpg"], 64)
+    picture(1000, 600).save(tmp_path / "a.jpg")
+    load = JpegImageFile.load_prepare
+    monkeypatch.setattr(
+        JpegImageFile, "load_prepare", lambda self: decoded.append(self.size) or load(self)
+    )
+    for seed in range(40):
+        pixels, theta = decoder[0, ((0.02, 1.0), False), seed][1:]
+        share = min(theta[0, 0].abs() * decoded[-1][0], theta[1, 1] * decoded[-1][1]).item()
+        assert share > 63  # a pixel for each of the crop's, but for rounding
+        assert share < 2 * 65 or decoded[-1] == (125, 75)
+    assert {size for size in decoded} == {(1000, 600), (500, 300), (250, 150), (125, 75)}
+    assert decoder[0, "whole", 0][1].shape == (64, 64, 3) and decoded[-1] == (125, 75)
+
+
+def test_randaugment_in_a_worker_follows_the_images_seed(tmp_path, monkeypatch):
+    picture(50, 50).save(tmp_path / "a.png")
+    decoder = train_cifar.Decoder([tmp_path / "a.png"], 32)
+    plain, augmented = ((0.2, 1.0), False), ((0.2, 1.0), True)
+    torch.manual_seed(1)
+    first = [decoder[0, augmented, seed][1] for seed in range(6)]
+    torch.manual_seed(2)
+    again = [decoder[0, augmented, seed][1] for seed in range(6)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    same = [torch.equal(image, decoder[0, plain, seed][1]) for seed, image in enumerate(first)]
+    assert sum(same) < 4
+
+
+def test_workers_and_processes_change_nothing(tmp_path):
+    root = make_pictures(tmp_path / "images")
+    flags = [*ON_DISK, "--data-path", str(root), "--epochs", "3", "--update-interval", "1"]
+    flags += ["--finetune-epochs", "1", "--seed", "3"]
+    none = run(tmp_path / "none", *flags, "--workers", "0")
+    three = run(tmp_path / "three", *flags, "--workers", "3")
+    assert_same(trained(none), trained(three))
+    assert none["maps"].shape == (37, 4, 4) and none["maps"].dtype == torch.float16
+    tuned = [
+        torch.load(tmp_path / d / "finetuned.pth", weights_only=True) for d in ("none", "three")
+    ]
+    assert_same(*tuned)
+    torchrun(*flags, "--workers", 1, "--batch-size", 3, "--accum-steps", 2, "--out-dir", tmp_path)
+    two = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    losses = [column(d, "loss") for d in (tmp_path, tmp_path / "none")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert_same(two["maps"].float(), none["maps"].float(), rtol=1e-2, atol=1e-2)
+    losses = [column(d, "loss") for d in (tmp_path / "none", tmp_path / "three")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("n", [70, 7, 2])
+def test_maps_do_not_depend_on_the_number_of_processes(n, monkeypatch):
+    args, data = small()
+    data.train = data.train[:n]
+    encoder = train_cifar.build_model(args).encoder
+    whole = train_cifar.update_maps(args, encoder, data)
+    assert whole.dtype == torch.float16 and whole.amax(dim=(1, 2)).eq(1).all()
+    monkeypatch.setattr(train_cifar, "all_sum", lambda x: x)
+    monkeypatch.setattr(train_cifar, "wait", lambda: None)
+    for processes in (2, 3):
+        parts = []
+        monkeypatch.setattr(train_cifar, "WORLD_SIZE", processes)
+        for rank in range(processes):
+            monkeypatch.setattr(train_cifar, "RANK", rank)
+            parts.append(train_cifar.update_maps(args, encoder, data))
+        torch.testing.assert_close(sum(parts), whole, rtol=0, atol=2e-3)
+        assert all((sum(part.amax(dim=(1, 2)) > 0 for part in parts)) == 1)
+        assert max(len(part[part.amax(dim=(1, 2)) > 0]) for part in parts) <= n // processes + 1
+
+
 @pytest.mark.parametrize(
     "strategy, updated, used",
     [
@@ -1909,6 +2055,18 @@ def command(*flags, processes=0):
     return [sys.executable, *launcher, str(HERE / "train_cifar.py"), *SMALL, *map(str, flags)]
 
 
+def torchrun(*flags, processes=2, program=HERE / "train_cifar.py"):
+    """Runs the script, or another one, in several processes; what it printed."""
+    done = subprocess.run(
+        [*command(*flags, processes=processes)[:5], program, *SMALL, *map(str, flags)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
+    )
+    return done
+
+
 def test_killed_and_resumed_run_ends_with_the_same_weights(finished, tmp_path):
     with subprocess.Popen(
         command("--out-dir", tmp_path), stdout=subprocess.PIPE, text=True
@@ -1924,6 +2082,136 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(finished, tmp_path):
         *(torch.load(d / "encoder.pth", weights_only=True) for d in (tmp_path, finished[0]))
     )
     assert logged_epochs(tmp_path) == list(range(1, 7))
+
+
+@pytest.fixture(scope="module")
+def tuned(finished, tmp_path_factory):
+    """The finished run, and its fine-tuning: the directory. Read, never written."""
+    out_dir = copy(finished, tmp_path_factory.mktemp("tuned"))
+    run(out_dir, "--resume", "--finetune-epochs", "2")
+    return out_dir
+
+
+@pytest.mark.parametrize(
+    "number, kind, call, where",
+    [
+        (signal.SIGTERM, "Pretraining", 7, "pretraining, epoch 4, after step 1"),
+        (signal.SIGINT, "Pretraining", 8, "pretraining, epoch 4, after step 2"),
+        (signal.SIGTERM, "LinearProbe", 2, "probe, epoch 1, after step 2"),
+        (signal.SIGINT, "FineTuning", 3, "fine-tuning, epoch 2, after step 1"),
+    ],
+)
+def test_a_signal_ends_the_step_saves_and_stops(
+    number, kind, call, where, tuned, tmp_path, monkeypatch, capsys
+):
+    loss, calls = getattr(train_cifar, kind).loss, []
+
+    def signalled(*args):
+        calls.append(args)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return loss(*args)
+
+    flags = ["--save-every", "9", "--finetune-epochs", "2"]  # it is the signal that saves
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(getattr(train_cifar, kind), "loss", signalled)
+        run(tmp_path, *flags)
+    assert caught.value.code == 128 + number and len(calls) == call
+    train_cifar.SIGNALS.clear()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"stopped by {number.name} in {where}: ") and "--resume" in last
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    run(tmp_path, *flags, "--resume")
+    assert_same_runs(tmp_path, tuned)
+
+
+def assert_same_runs(*out_dirs):
+    for prefix in ("", "probe-", "finetune-"):
+        files = [d / f"{prefix}checkpoint.pth" for d in out_dirs]
+        a, b = (torch.load(file, weights_only=True) for file in files)
+        for name in ("model", "optimizer", "epoch", "step", "losses", "maps", "snapshots"):
+            assert_same(a.get(name), b.get(name))
+        rows = [(d / f"{prefix}log.csv").read_text().splitlines() for d in out_dirs]
+        a, b = ([row.split(",")[:3] for row in some] for some in rows)
+        assert a == b and len(a) > 1
+    assert_same(*(torch.load(d / "finetuned.pth", weights_only=True) for d in out_dirs))
+
+
+def test_a_signal_while_maps_are_updated(finished, tmp_path, monkeypatch, capsys):
+    weights, calls = amt.masking_weights, []
+
+    def signalled(*args):
+        calls.append(args)
+        if len(calls) == 6:  # in the second update, before epoch 5
+            os.kill(os.getpid(), signal.SIGTERM)
+        return weights(*args)
+
+    monkeypatch.setattr(amt, "masking_weights", signalled)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--save-every", "9")
+    assert len(calls) == 6
+    train_cifar.SIGNALS.clear()
+    assert "in pretraining, epoch 5, after step 0:" in capsys.readouterr().out
+    assert_same(trained(run(tmp_path, "--resume")), trained(finished[1]))
+
+
+def test_a_signal_in_a_short_probe(finished, tmp_path, monkeypatch, capsys):
+    loss = train_cifar.LinearProbe.loss
+    flags = ["--probe-every", "4", "--save-every", "9"]
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train_cifar.LinearProbe, "loss", signalled)
+        run(tmp_path, *flags)
+    train_cifar.SIGNALS.clear()
+    assert "--resume" in capsys.readouterr().out
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == 2
+    assert_same(trained(run(tmp_path, *flags, "--resume")), trained(finished[1]))
+    assert logged_epochs(tmp_path) == list(range(1, 7))
+    accuracy = [row.split(",")[-1] for row in (tmp_path / "log.csv").read_text().splitlines()]
+    assert [text != "" for text in accuracy[1:]] == [i == 4 for i in range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    "action, message, epoch, step",
+    [
+        (
+            "os.kill(os.getpid(), 15)",
+            "stopped by SIGTERM in pretraining, epoch 3, after step 1",
+            2,
+            1,
+        ),
+        ("result = result * float('nan')", "the loss is nan in epoch 3, step 1", 2, 0),
+        ("os.kill(os.getpid(), 9)", "lost another process", 2, 0),
+    ],
+)
+def test_what_one_process_meets_ends_all(action, message, epoch, step, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"""
+import os, train_cifar
+loss, calls = train_cifar.Pretraining.loss, []
+def failing(*args):
+    calls.append(args)
+    result = loss(*args)
+    if train_cifar.RANK == 1 and len(calls) == 5:
+        {action}
+    return result
+train_cifar.Pretraining.loss = failing
+train_cifar.main()
+"""
+    )
+    done = torchrun("--batch-size", 16, "--out-dir", tmp_path / "out", program=program)
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert message in said and "--resume" in said or "lower learning rate" in said
+    assert said.count("error: the loss is nan") <= 1
+    saved = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
+    assert (saved["epoch"], saved["step"]) == (epoch, step)
+    assert all(p.isfinite().all() for p in saved["model"].values())
 
 
 def test_resumed_epochs_use_the_maps_of_the_checkpoint(finished, tmp_path, monkeypatch):

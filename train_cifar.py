@@ -159,7 +159,7 @@ def outlast_signals(worker: int):
     """A loader's worker ends with its process, which may want a last batch after a signal to all:
     to SIGTERM, which is also how a process that ends clears away its workers, it gives a while."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ class Data:
 
     def whole(self, args, split: str, ids: Tensor):
         """Yields ids (B,) and images (B, 3, H, H), 0 to 255, of the split "train" or "test"."""
-        for some in ids.split(args.batch_size):
+        for some in ids.split(args.batch_size) if len(ids) else ():
             yield some, getattr(self, split)[some].float()
 
     def crops(self, args, scale: tuple[float, float], augment: bool, order: Tensor, mine: Tensor,
@@ -199,13 +199,19 @@ class Data:
         """Yields ids (B,), crops (B, 3, H, H), 0 to 255, and their theta (B, 2, 3), of the training
         images order[mine]. Crops are drawn for the whole order; `augment`: RandAugment follows."""
         theta = amt.random_crops(len(order), scale, generator=g)
+        seeds = torch.randint(2 ** 32, (len(order),), generator=g, device=DEVICE)
         for rows in mine.split(args.batch_size):
             ids = order[rows]
             images = amt.crop(self.train[ids].float(), theta[rows], args.img_size, "bicubic")
             images = images.clamp(0, 255)                        # bicubic overshoots
             if augment:
-                images = torch.stack([RAND_AUGMENT(image) for image in images.byte()]).float()
-            yield ids, images, theta[rows]
+                images = torch.stack(list(map(rand_augment, images.byte(), seeds[rows].tolist())))
+            yield ids, images.float(), theta[rows]
+
+
+def rand_augment(image: Tensor, seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    return RAND_AUGMENT(image)
 
 
 RAND_AUGMENT = v2.RandAugment()
@@ -224,13 +230,15 @@ class Files(Data):
                 Decoder([*self.train, *self.test], args.img_size), args.batch_size,
                 sampler=self.items, num_workers=args.workers, worker_init_fn=outlast_signals,
                 persistent_workers=args.workers > 0, pin_memory=DEVICE.type == "cuda")
-        self.items[:] = items
+        self.items[:], bad = items, None
         try:
             for batch in self.loader:
                 ids, pixels, theta = (x.to(DEVICE, non_blocking=True) for x in batch)
                 yield ids, pixels.permute(0, 3, 1, 2).float(), theta
-        except BadImage as error:                                # a worker's comes with its stack
-            fail(str(error).strip().rpartition("BadImage: ")[2], alone=True)
+        except BadImage as error:
+            bad = str(error.with_traceback(None))                # that would keep the workers alive
+        if bad:
+            fail(bad.strip().rpartition("BadImage: ")[2], alone=True)    # a worker's has its stack
 
     def whole(self, args, split: str, ids: Tensor):
         first, view = (0, "whole") if split == "train" else (len(self.train), 0.875)
@@ -299,8 +307,7 @@ class Decoder(Dataset):
                                       v2.InterpolationMode.BICUBIC)          # antialiased
         pixels = pixels.flip(2) if flip < 0 else pixels
         if isinstance(view, tuple) and view[1]:
-            torch.manual_seed(seed)
-            pixels = RAND_AUGMENT(pixels)
+            pixels = rand_augment(pixels, seed)
         return pixels.permute(1, 2, 0).contiguous(), theta       # as it lies in memory, for speed
 
 
@@ -525,13 +532,13 @@ def fit(stage: Stage):
                 optimizer.zero_grad()
                 for i in range(args.accum_steps):
                     first = (RANK * args.accum_steps + i) * args.batch_size
+                    batch = next(crops)
                     g = generator(args.seed, stage.name, epoch, step)
-                    # Mixing, drop path and RandAugment draw from torch's own generators.
-                    torch.manual_seed(g.initial_seed() + first)
+                    torch.manual_seed(g.initial_seed() + first)  # for mixing and drop path
                     # Only the last backward pass sums the gradients over the processes.
                     last = i + 1 == args.accum_steps
                     with nullcontext() if last else stage.no_sync():
-                        loss = stage.loss(*next(crops), slice(first, first + args.batch_size), g)
+                        loss = stage.loss(*batch, slice(first, first + args.batch_size), g)
                         (loss / args.accum_steps).backward()
                     run["losses"][step] += loss.detach() / args.accum_steps
                 optimizer.step()
