@@ -1661,13 +1661,13 @@ def test_positions_are_interpolated_as_in_timm(tmp_path):
 @pytest.mark.parametrize(
     "sizes, misfits",
     [
-        ({"depth": 2}, ["blocks.1.attn.qkv.weight (576, 192), here absent"]),
+        ({"depth": 2}, ["Unexpected key(s)", "blocks.1.attn.qkv.weight"]),
         (
             {"embed_dim": 96},
-            ["cls_token (1, 1, 96), here (1, 1, 192)", "blocks.0.mlp.fc2.bias (96,)"],
+            ["size mismatch for cls_token", "[1, 1, 96]", "[1, 1, 192]", "blocks.0.mlp.fc2.bias"],
         ),
-        ({"patch_size": 8}, ["patch_embed.proj.weight (192, 3, 8, 8), here (192, 3, 4, 4)"]),
-        ({"depth": 0}, ["blocks.0.norm1.weight absent, here (192,)"]),
+        ({"patch_size": 8}, ["patch_embed.proj.weight", "[192, 3, 8, 8]", "[192, 3, 4, 4]"]),
+        ({"depth": 0}, ["Missing key(s)", "blocks.0.norm1.weight"]),
     ],
 )
 def test_an_encoder_that_does_not_fit_is_refused_with_what_differs(sizes, misfits, tmp_path):
@@ -1682,7 +1682,7 @@ def test_an_encoder_that_does_not_fit_is_refused_with_what_differs(sizes, misfit
         tmp_path / "out",
     )
     assert all(misfit in line for misfit in misfits) and "--depth" in line
-    assert "norm.weight (" not in line or "embed_dim" in sizes
+    assert "pos_embed" not in line or "embed_dim" in sizes
 
 
 @pytest.mark.parametrize("content", [None, "text", {"epoch": 3}, [1, 2]])
@@ -1694,7 +1694,7 @@ def test_a_file_without_an_encoder_is_refused(content, tmp_path, monkeypatch):
         torch.save(content, tmp_path / "saved.pth")
     flags = ["--epochs", 0, "--checkpoint", "saved.pth"]
     line = error(*flags, "--out-dir", tmp_path / "out")
-    assert "--checkpoint saved.pth" in line and "encoder.pth" in line
+    assert "--checkpoint saved.pth is not a state dict of a ViT" in line
 
 
 def test_a_file_that_would_execute_code_is_refused(tmp_path, monkeypatch):
@@ -1753,6 +1753,13 @@ def test_images_in_folders_keep_their_middle_square(tmp_path):
     args = train_cifar.parse_args([*flags, "--img-size", "32", "--patch-size", "4"])
     expected = torch.arange(32).expand(3, 32, 32) * 2 + 32.5
     assert (train_cifar.load_data(args).train[0] - expected).abs().max() <= 1.5
+
+
+def test_folders_too_large_to_hold_stay_on_the_disk(tmp_path):
+    make_folder(tmp_path)
+    flags = ["--dataset", "folder", "--data-path", str(tmp_path), "--patch-size", "1000"]
+    data = train_cifar.load_data(train_cifar.parse_args([*flags, "--img-size", "5000"]))
+    assert isinstance(data, train_cifar.Files)  # 40 images of 75 MB
 
 
 def test_train_on_a_folder_from_the_command_line(tmp_path, capsys):
@@ -1941,9 +1948,8 @@ def test_pictures_are_of_images_from_all_over_the_test_set():
 
 def test_folders_that_are_wrong_are_named(tmp_path):
     def refused(*more, dataset="folder"):
-        return error(
-            "--dataset", dataset, "--data-path", root, "--out-dir", tmp_path / "out", *more
-        )
+        flags = ["--dataset", dataset, "--data-path", root, "--out-dir", tmp_path / "out"]
+        return error(*flags, "--model", "vit_tiny", "--decoder-embed-dim", 96, *more)
 
     root = make_folder(tmp_path / "a")
     (root / "val").rename(root / "test")
@@ -1954,13 +1960,24 @@ def test_folders_that_are_wrong_are_named(tmp_path):
     (root / "val" / "n02").rename(root / "val" / "n03")
     assert re.search("class 'n03' of .*val is not among the 2 of .*train", refused())
     (root / "val" / "n03").rename(root / "val" / "n02")
-    assert "40 images of 5000 pixels a side do not fit" in refused(
-        "--img-size", 5000, "--patch-size", 1000
+    for split_name in ("train", "val"):
+        (root / split_name / "n03").mkdir()
+        line = refused(dataset="imagenet")
+        assert "n03" in line and str(root) in line  # a class without images
+        (root / split_name / "n03").rmdir()
+    assert "a batch of 35 is more than the 34 training images" in refused(
+        "--batch-size", 35, dataset="imagenet"
     )
     broken = root / "train" / "n02" / "n02_0.JPEG"
     broken.write_bytes(broken.read_bytes()[:100])
-    assert f"cannot decode {broken}" in refused("--img-size", 64)
-    assert not list((tmp_path / "out").iterdir())
+    for dataset in ("folder", "imagenet"):
+        for workers in (0, 2):
+            line = refused("--img-size", 64, "--workers", workers, dataset=dataset)
+            assert f"error: cannot decode {broken} (" in line and line.endswith("take it away")
+    for path in [*root.glob("*/*/*")]:
+        path.unlink()
+    assert "n01" in refused()
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"log.csv"}
 
 
 def test_stl10_pretrains_on_all_and_probes_on_those_with_labels(tmp_path, monkeypatch):

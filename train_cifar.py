@@ -227,7 +227,7 @@ class Files(Data):
         """Yields numbers (B,), pixels (B, 3, H, H) and theta (B, 2, 3) of items for `Decoder`."""
         if self.loader is None:
             self.loader = DataLoader(
-                Decoder([*self.train, *self.test], args.img_size), args.batch_size,
+                Decoder(self.train + self.test, args.img_size), args.batch_size,
                 sampler=self.items, num_workers=args.workers, worker_init_fn=outlast_signals,
                 persistent_workers=args.workers > 0, pin_memory=DEVICE.type == "cuda")
         self.items[:], bad = items, None
@@ -317,8 +317,8 @@ def load_data(args) -> Data:
     elif args.dataset in ("cifar10", "cifar100", "stl10"):
         splits = published(args)
     else:
-        data = find_files(args)
-        if args.dataset == "imagenet":
+        data, bytes_each = find_files(args), 3 * args.img_size ** 2
+        if args.dataset == "imagenet" or len(data.train + data.test) * bytes_each > 2e9:
             return data
         splits = decode_all(args, data)
     size = [args.img_size, args.img_size]
@@ -365,24 +365,22 @@ def find_files(args) -> Files:
             val = ImageFolder(root / "val")
             test = [(path, val.classes[label]) for path, label in val.samples]
         test = [(path, train.class_to_idx[kind]) for path, kind in test]
+        (train_files, train_labels), (test_files, test_labels) = (
+            zip(*split) for split in (train.samples, test))
     except (OSError, ValueError) as error:
         fail(f"--data-path {root} is not in the layout of --dataset {args.dataset} ({error})")
     except KeyError as error:
         fail(f"class {error} of {root / 'val'} is not among the {len(train.classes)} of "
              f"{root / 'train'}: give both the same classes")
-    (train, train_labels), (test, test_labels) = (zip(*split) for split in (train.samples, test))
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=DEVICE) * 255
-    return Files(train, torch.tensor(train_labels, device=DEVICE), test,
+    return Files(train_files, torch.tensor(train_labels, device=DEVICE), test_files,
                  torch.tensor(test_labels, device=DEVICE), mean[:, None, None], std[:, None, None])
 
 
 def decode_all(args, data: Files) -> list[tuple[Tensor, Tensor]]:
     """The middle squares of the images, pixels and labels: decoded once, to be held in memory."""
-    n, size = len(data.train) + len(data.test), args.img_size
-    if n * 3 * size ** 2 > 2e9:
-        fail(f"{n} images of {size} pixels a side do not fit in 2 GB: give a smaller --img-size, "
-             f"or --dataset imagenet, which leaves them on the disk")
-    pixels = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    n = len(data.train + data.test)
+    pixels = torch.empty(n, 3, args.img_size, args.img_size, dtype=torch.uint8)
     for ids, images, _ in data.read(args, [(i, 1.0, 0) for i in range(n)]):
         pixels[ids.cpu()] = images.byte().cpu()
         progress(f"decoding image {ids[-1] + 1} of {n}")
@@ -797,26 +795,16 @@ def load_encoder(args, path: str) -> amt.ViT:
             saved = torch.load(path, map_location=DEVICE, weights_only=True)
         saved = {name.removeprefix("encoder."): p for name, p in saved.get("model", saved).items()
                  if not name.startswith(("decoder", "mask_token", "head."))}
-        pos = saved["pos_embed"]                                             # (1, 1+n, D)
-        side = math.isqrt(pos.shape[1] - 1)
-        if side != encoder.grid_size:
-            grid = pos[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        cls, grid = saved["pos_embed"].split([1, saved["pos_embed"].shape[1] - 1], dim=1)
+        if grid.shape[1] != encoder.grid_size ** 2:
+            grid = grid.unflatten(1, (amt.grid_side(grid.shape[1]), -1)).permute(0, 3, 1, 2)
             grid = F.interpolate(grid.float(), size=encoder.grid_size, mode="bicubic",
-                                 antialias=True)
-            saved["pos_embed"] = torch.cat([pos[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+                                 antialias=True).flatten(2).transpose(1, 2)
+        encoder.load_state_dict({**saved, "pos_embed": torch.cat([cls, grid], dim=1)})
     except Exception as error:                                   # torch.load raises many kinds
-        fail(f"--checkpoint {path} cannot be read or holds no state dict of a ViT "
-             f"({reason(error)}): give an encoder.pth or checkpoint.pth of this script, a state "
-             f"dict of timm, or a file of He et al.")
-    theirs, ours = ({name: tuple(p.shape) for name, p in state.items()}
-                    for state in (saved, encoder.state_dict()))
-    misfits = [f"{name} {theirs.get(name, 'absent')}, here {ours.get(name, 'absent')}"
-               for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
-    if misfits:
-        fail(f"--checkpoint {path} does not fit --model {args.model} with --patch-size "
-             f"{args.patch_size} and {len(encoder.blocks)} blocks, see --depth: "
-             f"{'; '.join(misfits)}")
-    encoder.load_state_dict(saved)
+        fail(f"--checkpoint {path} is not a state dict of a ViT, of this script, timm or He et "
+             f"al., that fits --model {args.model}, --patch-size {args.patch_size} and, see "
+             f"--depth, {len(encoder.blocks)} blocks ({' '.join(str(error).split())})")
     return encoder
 
 
