@@ -1875,6 +1875,7 @@ def test_randaugment_in_a_worker_follows_the_images_seed(tmp_path, monkeypatch):
     assert sum(same) < 4
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
 def test_workers_and_processes_change_nothing(tmp_path):
     root = make_pictures(tmp_path / "images")
     flags = [*ON_DISK, "--data-path", str(root), "--epochs", "3", "--update-interval", "1"]

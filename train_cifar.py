@@ -110,7 +110,7 @@ def clock(seconds: float) -> timedelta:
 def all_sum(x: Tensor) -> Tensor:
     """Sums x over the processes, in place."""
     if WORLD_SIZE > 1:
-        dist.all_reduce(x)
+        dist.all_reduce(x, group=all_sum.group)
     return x
 
 
@@ -120,10 +120,10 @@ def agree(*flags: bool) -> list[bool]:
 
 
 def wait():
-    """Returns when all processes are here. A process that is busy with a file may take long; all
-    else must take less than the limit that tells a process lost."""
+    """Returns when all processes are here, one of which may be busy with a file for long; in all
+    other places a process that keeps the others waiting for 45 seconds counts as lost."""
     if WORLD_SIZE > 1:
-        dist.barrier(group=wait.group)
+        dist.all_reduce(torch.zeros(1))
 
 
 def share(n: int) -> Tensor:
@@ -461,7 +461,7 @@ def wrap(args, model: nn.Module) -> nn.Module:
     if WORLD_SIZE > 1:
         model = DistributedDataParallel(
             model, device_ids=[DEVICE] if DEVICE.type == "cuda" else None,
-            broadcast_buffers=False, gradient_as_bucket_view=True)
+            process_group=all_sum.group, gradient_as_bucket_view=True)
     return torch.compile(model) if args.compile else model
 
 
@@ -1192,8 +1192,8 @@ def main(argv: list[str] | None = None):
             if DEVICE.type == "cuda":
                 torch.cuda.set_device(DEVICE)
             dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo",
-                                    timeout=timedelta(seconds=45))
-            wait.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+                                    timeout=timedelta(hours=1))
+            all_sum.group = dist.new_group(timeout=timedelta(seconds=45))
         return run(args)
     except SystemExit as error:
         end = error.code
@@ -1202,8 +1202,8 @@ def main(argv: list[str] | None = None):
     except RuntimeError as error:
         if WORLD_SIZE == 1 or not re.search("gloo|NCCL|onnection", str(error)):
             raise
-        end = (f"train_cifar.py: error: lost another process ({reason(error)}): its error, if any, "
-               f"is above; the same command with --resume goes on from the last checkpoint")
+        end = (f"train_cifar.py: error: lost another process ({reason(error)[:99]}): its error, if "
+               f"any, is above; the same command with --resume goes on from the last checkpoint")
     sys.exit(end)                       # only here, where nothing holds the loader and its workers
 
 
