@@ -545,15 +545,13 @@ def fit(stage: Stage):
                                 f"/{steps}")
                 bad = look and not run["losses"].isfinite().all()
                 stopped, bad = agree(len(SIGNALS) > 0, bad)
-                if bad:
+                if stopped or bad:
                     break
-                if stopped:
-                    run["seconds"] = time.time() - started
-                    stop(stage)
+            run["seconds"] = time.time() - started
             losses = all_sum(run["losses"].clone()) / WORLD_SIZE
             check_finite(args, losses, epoch)
-
-            run["seconds"] = time.time() - started
+            if run["step"] < steps or agree(len(SIGNALS) > 0)[0]:
+                stop(stage)
             columns = stage.end_epoch()
             started = time.time() - run["seconds"]               # that was not time of training
             seconds = run["seconds"] - run["epoch_began"]
@@ -968,23 +966,21 @@ def benchmark(args):
     for ratios in method.amt:
         jobs["AMT {:.2f}/{:.2f}".format(*ratios)] = partial(step, "attention", ratios)
     jobs["update"] = lambda: update_maps(args, stage.model.encoder, data)
-    times = {name: [] for name in jobs}
-    warmup, rounds = 3, 10
-    for i in range(warmup + rounds):
+    times, rounds = {name: [] for name in jobs}, 13
+    for _ in range(rounds):
         for name, job in jobs.items():
             started = time.perf_counter()
             job()
             if cuda:
                 torch.cuda.synchronize()
-            if i >= warmup:
-                times[name].append(time.perf_counter() - started)
+            times[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(seconds[3:]) for name, seconds in times.items()}
     decoder = (f"decoder {args.decoder_embed_dim} wide, {args.decoder_depth} blocks"
                if args.method == "mae" else f"units of {args.mask_unit}x{args.mask_unit} patches")
     chip = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     say(f"{args.method}, {args.model}, {len(stage.model.encoder.blocks)} blocks; {decoder}; images "
         f"{args.img_size}, patches {args.patch_size}, batch {n}, {args.precision}; {chip}, torch "
-        f"{torch.__version__}; {rounds} rounds")
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+        f"{torch.__version__}; medians of {rounds - 3} rounds")
     for name, median in medians.items():
         say(f"{name:14} {1000 * median:8.1f} ms  {n / median:8,.0f} images/s  "
             f"{median / next(iter(medians.values())):.2f} of random")
@@ -1036,8 +1032,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(flag, help=text, default=default, **kwargs)
 
     add("--dataset", "cifar10, cifar100, stl10: downloaded; tiny-imagenet; folder: train/<class>/ "
-        "and val/<class>/, held in memory; imagenet: the same, decoded in each epoch; shapes: made",
-        "cifar10", choices=DEFAULTS)
+        "and val/<class>/, decoded once; imagenet: the same, decoded in each epoch; shapes: made. "
+        "The defaults given here are those of cifar10", "cifar10", choices=DEFAULTS)
     add("--data-path", "of the images, DIR (%(default)s)", "data", metavar="DIR")
     add("--num-images", "for training, of --dataset shapes (%(default)s)", 2500, **some)
     add("--img-size", "in pixels, of a side (%(default)s)", 32, **some)
@@ -1045,7 +1041,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         min(16, max(1, (os.cpu_count() or 1) // LOCAL_WORLD_SIZE)), **number)
     add("--out-dir", "of the run's files, DIR (%(default)s)", Path("out"), type=Path)
     add("--resume", "go on with the run in --out-dir", False, action="store_true")
-    add("--save-every", "so many epochs (%(default)s)", 10, **some)
+    add("--save-every", "epochs of training (%(default)s)", 10, **some)
     add("--seed", default=0, **number)
     # the model
     add("--model", default="vit_tiny", choices=VITS)
@@ -1068,7 +1064,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     # the schedules
     add("--epochs", "of pretraining; 0 for --checkpoint (%(default)s)", 400, **number)
     add("--warmup-epochs", "(a tenth of --epochs)", **number)
-    add("--batch-size", "of each process (%(default)s)", 512, **some)
+    add("--batch-size", "of each process, at a time (%(default)s)", 512, **some)
     add("--accum-steps", "batches of each process to a step (%(default)s)", 1, **some)
     add("--blr", "learning rate for 256 images a step in all, growing with these (%(default)s)",
         5e-4, type=rate)
@@ -1076,7 +1072,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "script, timm or MAE's authors; none: an untrained one")
     add("--probe-epochs", "0: no linear probe (%(default)s)", 90, **number)
     add("--probe-blr", "as --blr (%(default)s)", 0.1, type=rate)
-    add("--probe-every", "so many epochs of pretraining, for a tenth of --probe-epochs", **some)
+    add("--probe-every", "epochs of pretraining: a tenth of --probe-epochs, for log.csv", **some)
     add("--finetune-epochs", "0: no fine-tuning (%(default)s)", 0, **number)
     add("--finetune-blr", "as --blr; a layer has 0.75 of the next one's (%(default)s)", 1e-3,
         type=rate)
