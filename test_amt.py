@@ -2206,7 +2206,7 @@ def test_a_signal_in_a_short_probe(finished, tmp_path, monkeypatch, capsys):
         ("os.kill(os.getpid(), 9)", "lost another process", 2, 0),
     ],
 )
-def test_what_one_process_meets_ends_all(action, message, epoch, step, tmp_path):
+def test_what_one_process_meets_ends_all(action, message, epoch, step, finished, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         f"""
@@ -2230,6 +2230,11 @@ train_cifar.main()
     saved = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
     assert (saved["epoch"], saved["step"]) == (epoch, step)
     assert all(p.isfinite().all() for p in saved["model"].values())
+    if "SIGTERM" in message:  # going on, the loss of the epoch is that of both processes
+        torchrun("--batch-size", 16, "--out-dir", tmp_path / "out", "--resume")
+        assert column(tmp_path / "out", "loss") == pytest.approx(
+            column(finished[0], "loss"), rel=1e-4
+        )
 
 
 def test_resumed_epochs_use_the_maps_of_the_checkpoint(finished, tmp_path, monkeypatch):

@@ -838,11 +838,13 @@ SETTINGS = {  # that a stage keeps when it is resumed
 
 
 def save_checkpoint(stage: Stage):
+    losses = all_sum(stage.run["losses"].clone()) / WORLD_SIZE   # each process has its own
     if RANK == 0 and stage.prefix is not None:
         out_dir, settings = stage.args.out_dir, SETTINGS[stage.name]
         checkpoint = {
             "model": stage.model.state_dict(), "optimizer": stage.optimizer.state_dict(),
-            "settings": {name: getattr(stage.args, name) for name in settings}, **stage.run}
+            "settings": {name: getattr(stage.args, name) for name in settings}, **stage.run,
+            "losses": losses}
         if stage.name == "pretraining":
             encoder = stage.model.encoder.state_dict()
             write_file(out_dir / "encoder.pth", lambda file: torch.save(encoder, file))
