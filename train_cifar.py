@@ -298,7 +298,8 @@ class Decoder(Dataset):
         W, H = image.size
         left, right = (round((x + side + 1) / 2 * W) for side in (-abs(width), abs(width)))
         top, bottom = (round((y + side + 1) / 2 * H) for side in (-height, height))
-        right, bottom = max(right, left + 1), max(bottom, top + 1)
+        left, top = min(left, W - 1), min(top, H - 1)
+        right, bottom = max(right, left + 1), max(bottom, top + 1)           # a pixel at the least
         flip = math.copysign(1, width)
         theta = torch.tensor([[flip * (right - left) / W, 0, (left + right) / W - 1],
                               [0, (bottom - top) / H, (top + bottom) / H - 1]])
@@ -307,7 +308,7 @@ class Decoder(Dataset):
                                       v2.InterpolationMode.BICUBIC)          # antialiased
         pixels = pixels.flip(2) if flip < 0 else pixels
         if isinstance(view, tuple) and view[1]:
-            pixels = rand_augment(pixels, seed)
+            pixels = rand_augment(pixels, seed + 1)              # the seed itself drew the crop
         return pixels.permute(1, 2, 0).contiguous(), theta       # as it lies in memory, for speed
 
 
