@@ -4,6 +4,7 @@ import argparse
 import csv
 import itertools
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -424,6 +425,16 @@ def test_random_crops_are_cut_to_the_image_and_repeat_with_the_generator():
     assert (sides + centres <= 1 + 1e-6).all() and (sides == 1).any()
     assert torch.equal(theta, amt.random_crops(5000, (0.2, 1.0), generator=rng(3)))
     assert not torch.equal(theta, amt.random_crops(5000, (0.2, 1.0), generator=rng(4)))
+
+
+@pytest.mark.parametrize("image_ratio", [0.5, 3.0])
+def test_random_crops_have_their_ratio_in_pixels_of_the_image(image_ratio):
+    theta = amt.random_crops(5000, (0.02, 0.05), (0.5, 2.0), rng(), image_ratio)
+    width, height = theta[:, 0, 0].abs(), theta[:, 1, 1]
+    aspect, area = width / height * image_ratio, width * height
+    assert 0.5 < aspect.min() * 1.001 and aspect.max() * 0.999 < 2.0
+    assert aspect.log().mean().abs() < 0.03
+    assert 0.02 < area.min() * 1.001 and area.max() * 0.999 < 0.05
 
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear", "nearest"])
@@ -1475,6 +1486,17 @@ def test_a_stage_draws_anew_in_each_step_and_process(monkeypatch):
     assert accumulating.run["losses"].tolist() == pytest.approx(means)
 
 
+def test_the_seed_and_the_stage_change_what_is_drawn():
+    stages = []
+    for seed, name in [("0", "drawing"), ("1", "drawing"), ("0", "sketching")]:
+        stage = Drawing(*small("--seed", seed))
+        stage.name = name
+        train_cifar.fit(stage)
+        stages.append(stage)
+    for a, b in itertools.combinations(stages, 2):
+        assert not set(a.draws) & set(b.draws) and a.ids[0] != b.ids[0]
+
+
 @pytest.mark.parametrize("epochs, short", [("30", 3), ("3", 1)])
 def test_a_short_probe_takes_a_tenth_of_the_epochs(epochs, short):
     args, data = small("--probe-epochs", epochs, "--probe-blr", "0.4")
@@ -1574,6 +1596,40 @@ def test_finetuning_mixes_smooths_and_crops(tmp_path, monkeypatch):
     assert 0.2 < rows_alike.float().mean() < 0.9  # CutMix pastes in boxes, MixUp does not
     rise = (train[:, :, 0, -1] - train[:, :, 0, 0]).amax(dim=1)[rows_alike]
     assert (rise > 0).any() and (rise <= 0).any()  # flips
+
+
+def test_processes_share_the_features_that_a_probe_learns_from(monkeypatch):
+    args, data = small("--batch-size", "32")
+    probe = train_cifar.LinearProbe(args, data, train_cifar.build_encoder(args))
+    unsettle(probe.model)
+    ids, images, theta = drawn(args, data, torch.arange(32))
+    expected = probe.loss(ids, images, theta, slice(0, 32), rng()).item()
+
+    def part(rank, all_sum):
+        monkeypatch.setattr(train_cifar, "RANK", rank)
+        monkeypatch.setattr(train_cifar, "all_sum", all_sum)
+        rows = slice(16 * rank, 16 * rank + 16)
+        return probe.loss(ids[rows], images[rows], theta[rows], rows, rng()).item()
+
+    monkeypatch.setattr(train_cifar, "WORLD_SIZE", 2)
+    sent = [[], []]
+    for rank in (0, 1):
+        part(rank, lambda x: sent[rank].append(x.clone()) or x)
+    for rank in (0, 1):
+        sums = iter([a + b for a, b in zip(*sent)])
+        assert part(rank, lambda x: next(sums)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["Pretraining", "FineTuning"])
+def test_the_loss_is_of_the_model_that_sums_gradients(kind, tmp_path):
+    args, data = small("--out-dir", str(tmp_path), "--finetune-epochs", "1")
+    pretrained = [train_cifar.build_encoder(args)] if kind == "FineTuning" else []
+    stage = getattr(train_cifar, kind)(args, data, *pretrained)
+    called, model = [], stage.parallel
+    stage.parallel = lambda *args: called.append(args) or model(*args)
+    ids, images, theta = drawn(args, data, torch.arange(32))
+    stage.loss(ids, images, theta, slice(0, 32), rng())
+    assert len(called) == 1
 
 
 STAGE_FILES = ["checkpoint.pth", "log.csv"]
@@ -1846,16 +1902,42 @@ def test_images_on_disk_are_whole_for_their_maps_and_cut_for_the_test(tmp_path):
             assert (image - expected).abs().mean() < 6
 
 
-def test_large_jpegs_are_decoded_no_larger_than_the_crop_needs(tmp_path, monkeypatch):
+def test_a_crop_is_of_the_nearest_whole_pixels_at_least_one(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 9, 3), dtype=np.uint8))
+    image.save(tmp_path / "a.png")
+    decoder = train_cifar.Decoder([tmp_path / "a.png"], 32)
+    for seed, scale in itertools.product(range(20), [(0.05, 0.1), (0.2, 1.0)]):
+        _, pixels, theta = decoder[0, (scale, False), seed]
+        (drawn,) = amt.random_crops(1, scale, generator=rng(seed), image_ratio=9 / 4)
+        boxes = []
+        for x in (drawn, theta):
+            side, middle = x[[0, 1], [0, 1]].abs(), x[:, 2] + 1
+            boxes.append(torch.cat([middle - side, middle + side]) / 2 * torch.tensor([9, 4, 9, 4]))
+        box = boxes[1].round()
+        torch.testing.assert_close(boxes[1], box, rtol=0, atol=1e-4)  # theta is of what is shown
+        assert (box[:2] >= 0).all() and (box[2:] > box[:2]).all()
+        nearest = (box - boxes[0]).abs() < 0.501
+        assert (nearest | (box[2:] - box[:2] == 1).repeat(2)).all()
+        shown = image.crop(box.int().tolist()).resize((32, 32), Image.Resampling.BICUBIC)
+        shown = ImageOps.mirror(shown) if theta[0, 0] < 0 else shown
+        assert np.abs(np.array(shown).astype(int) - pixels.numpy()).max() <= 2
+        assert (theta[0, 0] < 0) == (drawn[0, 0] < 0)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_jpegs_are_decoded_no_larger_than_the_crop_needs(orientation, tmp_path, monkeypatch):
     decoded, decoder = [], train_cifar.Decoder([tmp_path / "a.jpg"], 64)
-    picture(1000, 600).save(tmp_path / "a.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture(1000, 600).save(tmp_path / "a.jpg", exif=exif)
     load = JpegImageFile.load_prepare
     monkeypatch.setattr(
         JpegImageFile, "load_prepare", lambda self: decoded.append(self.size) or load(self)
     )
     for seed in range(40):
         pixels, theta = decoder[0, ((0.02, 1.0), False), seed][1:]
-        share = min(theta[0, 0].abs() * decoded[-1][0], theta[1, 1] * decoded[-1][1]).item()
+        W, H = decoded[-1] if orientation == 1 else decoded[-1][::-1]
+        share = min(theta[0, 0].abs() * W, theta[1, 1] * H).item()
         assert share > 63  # a pixel for each of the crop's, but for rounding
         assert share < 2 * 65 or decoded[-1] == (125, 75)
     assert {size for size in decoded} == {(1000, 600), (500, 300), (250, 150), (125, 75)}
@@ -1873,6 +1955,45 @@ def test_randaugment_in_a_worker_follows_the_images_seed(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     same = [torch.equal(image, decoder[0, plain, seed][1]) for seed, image in enumerate(first)]
     assert sum(same) < 4
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_what_augments_an_image_is_its_own_and_of_the_generator(where, tmp_path):
+    if where == "disk":
+        args, data = on_disk(make_pictures(tmp_path), "--workers", "0")
+    else:
+        args, data = small("--batch-size", "12")
+    order = torch.arange(36)
+
+    def crops(mine, augment, seed):
+        torch.manual_seed(seed)  # of no account
+        batches = data.crops(args, (0.05, 0.1), augment, order, mine, rng())
+        _, images, theta = (torch.cat(parts) for parts in zip(*batches))
+        return images, theta
+
+    (plain, theta), (augmented, same) = (crops(order, augment, 0) for augment in (False, True))
+    assert torch.equal(theta, same) and (theta[:, 0, 0] * theta[:, 1, 1]).abs().max() < 0.15
+    changed = (plain != augmented).flatten(1).any(dim=1).sum()
+    assert 18 < changed and torch.equal(crops(order[20:], True, 1)[0], augmented[20:])
+
+
+def test_a_process_names_the_image_that_it_alone_cannot_decode(tmp_path, monkeypatch):
+    args, data = on_disk(make_pictures(tmp_path), "--workers", "0")
+    Path(data.train[3]).write_bytes(b"")
+    monkeypatch.setattr(train_cifar, "LOCAL_RANK", 1)
+    with pytest.raises(SystemExit, match=f"error: cannot decode {data.train[3]} "):
+        list(data.whole(args, "train", torch.arange(12)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_outlast_a_signal_to_all(number, tmp_path):
+    args, data = on_disk(make_pictures(tmp_path), "--workers", "1", "--batch-size", "4")
+    before = set(multiprocessing.active_children())
+    batches = data.whole(args, "train", torch.arange(37))
+    first = next(batches)
+    for worker in set(multiprocessing.active_children()) - before:
+        os.kill(worker.pid, number)
+    assert torch.equal(torch.cat([ids for ids, _ in [first, *batches]]), torch.arange(37))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
@@ -2239,6 +2360,100 @@ train_cifar.main()
         torch.testing.assert_close(saved["losses"], one["losses"], rtol=1e-4, atol=0)
 
 
+def test_the_log_counts_each_second_of_training_once(tmp_path, monkeypatch):
+    now, calls = [train_cifar.time.time()], []
+
+    def taking(seconds, function):
+        def slow(*args):
+            now[0] += seconds
+            calls.append(seconds)
+            if calls.count(1) == 7 and seconds == 1:  # epoch 4, step 1
+                train_cifar.SIGNALS.append(signal.SIGTERM)
+            return function(*args)
+
+        return slow
+
+    monkeypatch.setattr(train_cifar, "SIGNALS", [])
+    monkeypatch.setattr(train_cifar.time, "time", lambda: now[0])
+    monkeypatch.setattr(train_cifar.Pretraining, "loss", taking(1, train_cifar.Pretraining.loss))
+    monkeypatch.setattr(train_cifar, "update_maps", taking(100, train_cifar.update_maps))
+    flags = ["--probe-epochs", "0", "--save-every", "9"]
+    with pytest.raises(SystemExit):
+        run(tmp_path, *flags)
+    train_cifar.SIGNALS.clear()
+    now[0] += 5000
+    checkpoint = run(tmp_path, "--resume", *flags)
+    assert column(tmp_path, "seconds") == pytest.approx([2, 2, 102, 2, 102, 2])
+    assert column(tmp_path, "update_seconds") == pytest.approx([0, 0, 100, 0, 100, 0])
+    assert column(tmp_path, "images_per_second") == 6 * [32]
+    assert checkpoint["seconds"] == pytest.approx(212)
+
+
+def test_resume_restores_the_log_of_its_checkpoint(finished, tmp_path):
+    log = copy(finished, tmp_path).joinpath("log.csv")
+    before = log.read_text()
+    log.write_text(before + "7,0.1")  # of an epoch after the checkpoint
+    run(tmp_path, "--resume", "--probe-epochs", "0")
+    assert log.read_text() == before
+
+
+def test_a_row_of_the_log_is_there_before_its_checkpoint(tmp_path, monkeypatch):
+    save, rows = train_cifar.save_checkpoint, []
+
+    def saving(stage):
+        rows.append(logged_epochs(tmp_path))
+        save(stage)
+
+    monkeypatch.setattr(train_cifar, "save_checkpoint", saving)
+    run(tmp_path, "--epochs", "2", "--probe-epochs", "0")
+    assert rows == [[1], [1, 2]]
+
+
+def test_maps_are_given_up_when_another_process_has_a_signal(monkeypatch):
+    args, data = small()
+    encoder = train_cifar.build_model(args).encoder
+    monkeypatch.setattr(train_cifar, "all_sum", lambda x: x + 1)
+    assert train_cifar.update_maps(args, encoder, data) is None
+
+
+def test_a_checkpoint_of_another_version_is_refused(finished, tmp_path):
+    checkpoint = dict(finished[1])
+    checkpoint.pop("epoch_began")
+    torch.save(checkpoint, tmp_path / "checkpoint.pth")
+    assert "of another version" in error("--out-dir", tmp_path, "--resume", "--probe-epochs", 0)
+
+
+def test_processes_that_find_different_checkpoints_stop(finished, tmp_path, monkeypatch):
+    flags = ["--out-dir", str(copy(finished, tmp_path)), "--resume"]
+    stage = train_cifar.Pretraining(*small(*flags))
+    monkeypatch.setattr(train_cifar, "WORLD_SIZE", 2)
+    monkeypatch.setattr(train_cifar, "wait", lambda: None)
+    monkeypatch.setattr(train_cifar, "all_sum", lambda x: x)  # the other one has none
+    with pytest.raises(SystemExit, match="different checkpoints: --out-dir .* one directory"):
+        train_cifar.load_checkpoint(stage)
+
+
+@pytest.mark.parametrize(
+    "processes, message, lost",
+    [
+        (1, "[Errno 104] Connection reset by peer", False),
+        (2, "[gloo/transport/tcp/pair.cc:534] Connection closed by peer", True),
+        (2, "mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_only_a_lost_process_is_called_one(processes, message, lost, tmp_path, monkeypatch):
+    def failing(args):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(train_cifar, "run", failing)
+    monkeypatch.setattr(train_cifar, "WORLD_SIZE", processes)
+    for name in ("init_process_group", "new_group"):
+        monkeypatch.setattr(train_cifar.dist, name, lambda *args, **kwargs: None)
+    expected = "lost another process" if lost else re.escape(message)
+    with pytest.raises(SystemExit if lost else RuntimeError, match=expected):
+        train_cifar.main([*SMALL, "--out-dir", str(tmp_path)])
+
+
 def test_resumed_epochs_use_the_maps_of_the_checkpoint(finished, tmp_path, monkeypatch):
     loss, calls = train_cifar.Pretraining.loss, []
 
@@ -2346,6 +2561,34 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert "the loss is nan in epoch 3, step 2" in line and "--blr" in line
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 2
     assert logged_epochs(tmp_path) == [1, 2]
+
+
+def test_a_loss_that_is_not_finite_ends_its_epoch_and_is_never_saved(tmp_path, monkeypatch):
+    loss, calls = train_cifar.Pretraining.loss, []
+
+    def failing_loss(*args):
+        calls.append(loss(*args))
+        if len(calls) == 5:  # epoch 3, step 1
+            train_cifar.SIGNALS.append(signal.SIGTERM)
+        return calls[-1] * (float("nan") if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(train_cifar, "SIGNALS", [])
+    monkeypatch.setattr(train_cifar, "progress", lambda line: True)
+    monkeypatch.setattr(train_cifar.Pretraining, "loss", failing_loss)
+    assert "the loss is nan in epoch 3, step 1" in error("--out-dir", tmp_path)
+    assert len(calls) == 5
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 2
+
+
+def test_a_torch_save_that_fails_keeps_what_was_there(tmp_path):
+    def full(file):
+        file.write(b"ne")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    (tmp_path / "a.pth").write_bytes(b"old")
+    with pytest.raises(SystemExit, match="cannot write .*a.pth .*PytorchStreamWriter"):
+        train_cifar.write_file(tmp_path / "a.pth", full)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
 def test_a_save_that_fails_keeps_what_was_there(finished, tmp_path, monkeypatch):
