@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import amt
 import train_cifar
@@ -2176,16 +2177,80 @@ def test_shapes_are_the_same_each_time_and_balanced():
     assert not torch.equal(images, train_cifar.shapes(200, 2)[0])
 
 
-def test_benchmark_compares_random_am_and_amt(capsys, tmp_path):
-    train_cifar.main(
-        [*SMALL, "--benchmark", "--batch-size", "4", "--out-dir", str(tmp_path / "none")]
-    )
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["random", "AM", "AMT", "update"]
-    assert all("images/s" in line for line in lines[1:]) and not (tmp_path / "none").exists()
-    train_cifar.main([*SMALL, "--benchmark", "--batch-size", "4", "--method", "simmim"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line[:13] for line in lines[3:5]] == ["AMT 0.44/0.26", "AMT 0.33/0.50"]
+@pytest.mark.parametrize(
+    "method, names",
+    [
+        ("mae", ["random 0.75", "AMT 0.45/0.40"]),
+        ("simmim", ["random 0.60", "AMT 0.44/0.26", "AMT 0.33/0.50"]),
+    ],
+)
+def test_benchmark_has_a_row_a_strategy(method, names, capsys, tmp_path, monkeypatch):
+    steps = record(monkeypatch)
+    flags = ["--benchmark", "--method", method, "--batch-size", "4", "--out-dir", tmp_path / "none"]
+    train_cifar.main([*SMALL, *map(str, flags)])
+    *_, last = lines = capsys.readouterr().out.splitlines()
+    form = r"(\w+ [\d./]+) +([\d. ]+) ms +([\d., ]+) ([\d.]+) GiB +(\d+)% +([\d.]+)%"
+    rows = [re.fullmatch(form, line) for line in lines[-1 - len(names) : -1]]
+    assert [row[1] for row in rows] == names and last.startswith("update of the maps: ")
+    for row in rows:
+        images_per_second, time, operations = map(float, row[3].replace(",", "").split())
+        assert images_per_second > 0 and time > 0 and float(row[4]) > 0.1
+        assert operations == 1 if row is rows[0] else operations < 1
+    assert not (tmp_path / "none").exists()
+    # Each row is of its own strategy and ratios.
+    found = {(step["maps"] is not None, step["ratios"]) for step in steps}
+    given = train_cifar.METHODS[method]
+    assert found == {(False, given.random), *((True, ratios) for ratios in given.amt)}
+
+
+def test_operations_are_those_of_the_products():
+    def blocks(T, D, depth):  # qkv, proj and mlp; q k^T and a v; and twice that for gradients
+        return 3 * depth * 2 * (12 * T * D**2 + 2 * T**2 * D)
+
+    args = train_cifar.parse_args([*SMALL, "--depth", "3", "--decoder-depth", "2"])
+    encoder, decoder = train_cifar.operations(args, (0.45, 0.40))
+    # Of 64 patches 29 are masked and 9 visible; images have no gradient.
+    assert encoder == blocks(1 + 9, 192, 3) + 2 * 2 * 9 * 48 * 192
+    assert decoder == blocks(1 + 9 + 29, 32, 2) + 3 * 2 * (10 * 192 * 32 + 29 * 32 * 48)
+    args = train_cifar.parse_args([*SMALL, "--depth", "3", "--method", "simmim"])
+    encoder, decoder = train_cifar.operations(args, (0.44, 0.26))
+    # Of 16 units of 4 patches 7 are masked and 5 visible.
+    assert encoder == blocks(1 + 48, 192, 3) + 2 * 2 * 20 * 48 * 192
+    assert decoder == 3 * 2 * 28 * 192 * 48
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the program wait for a GPU: values or shapes that depend on values."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        tensors = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
+        if name in self.names or name.startswith("index") and any(
+            x.dtype == torch.bool for x in tensors[1:]
+        ):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masking", amt.STRATEGIES)
+@pytest.mark.parametrize("method", train_cifar.METHODS)
+def test_no_step_waits_for_the_device(method, masking):
+    args, data = small("--method", method, "--masking", masking, "--precision", "bf16")
+    stage, ids = train_cifar.Pretraining(args, data), torch.arange(32)
+    stage.run["maps"] = torch.rand(70, 8, 8, generator=rng()).half()
+    with Waits() as waits:
+        crops = next(data.crops(args, stage.scale, False, ids, ids, rng()))
+        stage.loss(*crops, slice(0, 32), rng()).backward()
+    assert waits.found == []
+    with waits:
+        (ids > 3).any().item(), ids[ids > 3]
+    assert len(waits.found) == 2
 
 
 # ------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ epoch), attention.png (what [CLS] attended to at each update) and masking.png; p
 have checkpoints and logs of their own, and fine-tuning leaves finetuned.pth.
 """
 import argparse
+import ctypes
 import math
 import os
 import pickle
@@ -44,6 +45,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
 from torchvision.transforms import v2
 from torchvision.utils import save_image
@@ -101,6 +103,14 @@ def progress(line: str) -> bool:
 
 
 progress.shown = 0.0
+
+
+def keep_memory():
+    """Makes glibc keep freed blocks of over 32 MB, of which each new one would cost its page faults
+    again: on a CPU, up to a quarter of a step."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-4, 0)                         # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)               # M_TRIM_THRESHOLD
 
 
 def clock(seconds: float) -> timedelta:
@@ -473,7 +483,7 @@ def wrap(args, model: nn.Module) -> nn.Module:
         model = DistributedDataParallel(
             model, device_ids=[DEVICE] if DEVICE.type == "cuda" else None,
             process_group=all_sum.group, gradient_as_bucket_view=True)
-    return torch.compile(model) if args.compile else model
+    return torch.compile(model, dynamic=False) if args.compile else model
 
 
 def set_lr(optimizer, peak: float, epoch: float, epochs: int, warmup: int = 0):
@@ -953,50 +963,102 @@ def save_masking(stage: Pretraining):
 
 
 def benchmark(args):
-    """Prints the time of a step by random masking and AMT, taken in turn, and of an update."""
-    g, n, cuda = generator(args.seed, "benchmark"), args.batch_size, DEVICE.type == "cuda"
+    """Prints what a step costs by random masking and by AMT, taken in turn, and an update."""
+    g, n, method = generator(args.seed, "benchmark"), args.batch_size, METHODS[args.method]
     images = torch.randint(256, (n, 3, args.img_size, args.img_size), generator=g, device=DEVICE)
     labels, (mean, std) = images[:, 0, 0, 0], torch.full((2, 3, 1, 1), 127.5, device=DEVICE)
     data = Data(images.byte(), labels, images.byte(), labels, mean, std)
-    stage = Pretraining(args, data)
+    stage, ids = Pretraining(args, data), torch.arange(n, device=DEVICE)
     set_lr(stage.optimizer, 1e-4, 0, 1)
     stage.model.train()
-    maps, ids = update_maps(args, stage.model.encoder, data), torch.arange(n, device=DEVICE)
+    maps = update_maps(args, stage.model.encoder, data)
+    side = 8192 if DEVICE.type == "cuda" else 1024
+    matrix = torch.randn(2, side, side, device=DEVICE)
+
+    def begin(masking: str, ratios: tuple[float, float]):
+        stage.args = argparse.Namespace(**{**vars(args), "masking": masking,
+                                           "mask_ratio": ratios[0], "throw_ratio": ratios[1]})
+        stage.run["maps"] = maps if masking == "attention" else None
+        return next(data.crops(args, stage.scale, False, ids, ids, g))
 
     def step(masking: str, ratios: tuple[float, float]):
-        mask_ratio, throw_ratio = ratios
-        stage.args = argparse.Namespace(**{**vars(args), "masking": masking,
-                                           "mask_ratio": mask_ratio, "throw_ratio": throw_ratio})
-        stage.run["maps"] = maps if masking == "attention" else None
+        crops = begin(masking, ratios)
         stage.optimizer.zero_grad()
-        crops = next(data.crops(args, stage.scale, False, ids, ids, g))
         stage.loss(*crops, slice(0, n), g).backward()
         stage.optimizer.step()
 
-    method = METHODS[args.method]
-    jobs = {f"random {method.random[0]:.2f}": partial(step, "random", method.random),
-            f"AM {method.random[0]:.2f}": partial(step, "attention", method.random)}
-    for ratios in method.amt:
-        jobs["AMT {:.2f}/{:.2f}".format(*ratios)] = partial(step, "attention", ratios)
-    jobs["update"] = lambda: update_maps(args, stage.model.encoder, data)
-    times, rounds = {name: [] for name in jobs}, 13
-    for _ in range(rounds):
+    def choose(masking: str, ratios: tuple[float, float]):       # what of a step is not the model
+        ids, _, theta = begin(masking, ratios)
+        split(stage.args, stage.rank(ids, theta, slice(0, n), g), ratios)
+
+    def matmul():
+        with precision(args):
+            matrix[0] @ matrix[1]
+
+    rows = {"random {:.2f}".format(method.random[0]): ("random", method.random)}
+    rows |= {"AMT {:.2f}/{:.2f}".format(*ratios): ("attention", ratios) for ratios in method.amt}
+    jobs = {name: partial(step, *row) for name, row in rows.items()}
+    jobs |= {f"{name}, choice": partial(choose, *row) for name, row in rows.items()}
+    jobs |= {"update": lambda: update_maps(args, stage.model.encoder, data), "matmul": matmul}
+    memory = {name: peak_memory(job) for name, job in jobs.items()}          # this warms up, too
+    times, began = {name: [] for name in jobs}, time.perf_counter()
+    while len(times["matmul"]) < 3 or (time.perf_counter() - began < 40
+                                       and len(times["matmul"]) < 20):
         for name, job in jobs.items():
             started = time.perf_counter()
             job()
-            if cuda:
+            if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(seconds[3:]) for name, seconds in times.items()}
-    decoder = (f"decoder {args.decoder_embed_dim} wide, {args.decoder_depth} blocks"
-               if args.method == "mae" else f"units of {args.mask_unit}x{args.mask_unit} patches")
-    chip = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    say(f"{args.method}, {args.model}, {len(stage.model.encoder.blocks)} blocks; {decoder}; images "
-        f"{args.img_size}, patches {args.patch_size}, batch {n}, {args.precision}; {chip}, torch "
-        f"{torch.__version__}; medians of {rounds - 3} rounds")
-    for name, median in medians.items():
-        say(f"{name:14} {1000 * median:8.1f} ms  {n / median:8,.0f} images/s  "
-            f"{median / next(iter(medians.values())):.2f} of random")
+    seconds = {name: statistics.median(some) for name, some in times.items()}
+
+    chip = (torch.cuda.get_device_name() if DEVICE.type == "cuda" else
+            f"{torch.get_num_threads()} CPU threads")
+    rate = 2 * side ** 3 / seconds["matmul"]
+    say(f"{args.method}, {args.model}, {len(stage.model.encoder.blocks)} blocks, images "
+        f"{args.img_size}, patches {args.patch_size}, batch {n}, {args.precision}\n{chip}, torch "
+        f"{torch.__version__}, matmul {rate / 1e12:.2f} TFLOP/s; medians of "
+        f"{len(times['matmul'])} rounds\n"
+        f"               GFLOP an image                      of random's          of the  not the\n"
+        f"               encoder  decoder   step  images/s    time  GFLOP  memory  matmul    model")
+    counts = {name: operations(args, ratios) for name, (_, ratios) in rows.items()}
+    base = next(iter(rows))
+    for name in rows:
+        (encoder, decoder), s = counts[name], seconds[name]
+        say(f"{name:13} {encoder / 1e9:8.3f} {decoder / 1e9:8.3f} {1e3 * s:5.0f} ms {n / s:8,.0f}"
+            f"{s / seconds[base]:9.2f} {(encoder + decoder) / sum(counts[base]):6.2f} "
+            f"{memory[name]:4.1f} GiB {(encoder + decoder) * n / s / rate:6.0%} "
+            f"{seconds[f'{name}, choice'] / s:8.1%}")
+    share = seconds["update"] / (args.update_interval * seconds[list(rows)[1]])
+    say(f"update of the maps: {n / seconds['update']:,.0f} images/s; every {args.update_interval} "
+        f"epochs, {share:.1%} of the time that these take by {list(rows)[1]}")
+
+
+def operations(args, ratios: tuple[float, float]) -> tuple[int, int]:
+    """Floating-point operations of a step for an image, those of matrix products and their
+    gradients, in the encoder and in the decoder; counted without doing them."""
+    with torch.device("meta"), PlainAttention(), FlopCounterMode(display=False) as counter:
+        images, units = torch.zeros(1, 3, args.img_size, args.img_size), torch.arange(args.num_units)
+        masked, _, visible = split(args, units[None], ratios)
+        build_model(args)(images, visible, masked)[0].backward()
+    encoder = sum(sum(count.values()) for name, count in counter.get_flop_counts().items()
+                  if re.fullmatch(r"\w+\.encoder\.(patch_embed|blocks\.\d+)", name))
+    return encoder, counter.get_total_flops() - encoder
+
+
+def peak_memory(job: Callable) -> float:
+    """GiB, while job() runs: of tensors on a GPU; on Linux, of the process."""
+    status = Path("/proc/self/status")
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        job()
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)                         # gives back what is free
+        Path("/proc/self/clear_refs").write_text("5")            # resets VmHWM
+    job()
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "")
+    return int(peak[1]) / 2 ** 20 if peak else math.nan
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1194,6 +1256,8 @@ def run(args):
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     torch.set_float32_matmul_precision("high")
+    if DEVICE.type == "cpu":
+        keep_memory()
     if args.benchmark:
         return benchmark(args)
     try:
