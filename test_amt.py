@@ -2188,14 +2188,21 @@ def test_benchmark_has_a_row_a_strategy(method, names, capsys, tmp_path, monkeyp
     steps = record(monkeypatch)
     flags = ["--benchmark", "--method", method, "--batch-size", "4", "--out-dir", tmp_path / "none"]
     train_cifar.main([*SMALL, *map(str, flags)])
-    *_, last = lines = capsys.readouterr().out.splitlines()
-    form = r"(\w+ [\d./]+) +([\d. ]+) ms +([\d., ]+) ([\d.]+) GiB +(\d+)% +([\d.]+)%"
-    rows = [re.fullmatch(form, line) for line in lines[-1 - len(names) : -1]]
-    assert [row[1] for row in rows] == names and last.startswith("update of the maps: ")
-    for row in rows:
-        images_per_second, time, operations = map(float, row[3].replace(",", "").split())
-        assert images_per_second > 0 and time > 0 and float(row[4]) > 0.1
-        assert operations == 1 if row is rows[0] else operations < 1
+    *_, last = lines = capsys.readouterr().out.replace(",", "").splitlines()
+    assert [line[:13].strip() for line in lines[-1 - len(names) : -1]] == names
+    matmul = float(re.search(r"matmul ([\d.]+) TFLOP/s", lines[1])[1])
+    rows = [re.findall(r"[\d.]+", line[13:]) for line in lines[-1 - len(names) : -1]]
+    rows = [list(map(float, row)) for row in rows]
+    for encoder, decoder, ms, images, of_time, of_operations, memory, share, choice in rows:
+        assert images == pytest.approx(4 / ms * 1000, rel=0.1) and memory > 0.1
+        assert of_time == pytest.approx(ms / rows[0][2], abs=0.1)
+        ratio = (encoder + decoder) / sum(rows[0][:2])
+        assert of_operations == pytest.approx(ratio, abs=0.02)
+        rate = (encoder + decoder) * images / 1000  # in TFLOP/s
+        assert share == pytest.approx(100 * rate / matmul, rel=0.1, abs=1)
+        assert 0 < choice < 100
+    update, interval, share = map(float, re.findall(r"[\d.]+", last)[:3])
+    assert share == pytest.approx(100 * rows[1][3] / update / interval, rel=0.1)
     assert not (tmp_path / "none").exists()
     # Each row is of its own strategy and ratios.
     found = {(step["maps"] is not None, step["ratios"]) for step in steps}

@@ -11,7 +11,7 @@
     python train_cifar.py --method simmim --out-dir out-simmim               # SimMIM with AMT
     python train_cifar.py --checkpoint out/encoder.pth --epochs 0 --probe-epochs 0 \
         --finetune-epochs 100 --out-dir out-finetuned                        # none: from scratch
-    python train_cifar.py --benchmark                  # the time of a step: random, AM, AMT
+    python train_cifar.py --benchmark                  # what a step costs: random and AMT
 
 --out-dir gets checkpoint.pth, encoder.pth (the encoder's state dict alone), log.csv (a row an
 epoch), attention.png (what [CLS] attended to at each update) and masking.png; probe and fine-tuning
@@ -1016,7 +1016,7 @@ def benchmark(args):
     rate = 2 * side ** 3 / min(times["matmul"])
     say(f"{args.method}, {args.model}, {len(stage.model.encoder.blocks)} blocks, images "
         f"{args.img_size}, patches {args.patch_size}, batch {n}, {args.precision}\n{chip}, torch "
-        f"{torch.__version__}, matmul {rate / 1e12:.2f} TFLOP/s; medians of {rounds} rounds\n"
+        f"{torch.__version__}, matmul {rate / 1e12:.3g} TFLOP/s; medians of {rounds} rounds\n"
         f"               GFLOP an image                      of random's          of the  not the\n"
         f"               encoder  decoder   step  images/s    time  GFLOP  memory  matmul    model")
     counts = {name: operations(args, ratios) for name, (_, ratios) in rows.items()}
@@ -1153,7 +1153,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     # the machine
     add("--precision", "(bf16 autocast on GPUs that have it)", choices=["bf16", "fp32"])
     add("--compile", "by torch.compile", False, action="store_true")
-    add("--benchmark", "only time steps, on random images", False, action="store_true")
+    add("--benchmark", "only time steps, on made images", False, action="store_true")
 
     first = parser.parse_known_args(argv)[0]
     parser.set_defaults(**DEFAULTS[first.dataset])
