@@ -28,6 +28,7 @@ import signal
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -108,7 +109,7 @@ progress.shown = 0.0
 def keep_memory():
     """Makes glibc keep freed blocks of over 32 MB, of which each new one would cost its page faults
     again: on a CPU, up to a quarter of a step."""
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):           # there is no glibc
         ctypes.CDLL(None).mallopt(-4, 0)                         # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)               # M_TRIM_THRESHOLD
 
@@ -215,7 +216,8 @@ class Data:
             images = amt.crop(self.train[ids].float(), theta[rows], args.img_size, "bicubic")
             images = images.clamp(0, 255)                        # bicubic overshoots
             if augment:
-                images = torch.stack(list(map(rand_augment, images.byte(), seeds[rows].tolist())))
+                images = torch.stack(list(map(rand_augment, images.round().byte(),
+                                              seeds[rows].tolist())))
             yield ids, images.float(), theta[rows]
 
 
@@ -514,9 +516,6 @@ class Stage:
         `rows` of the batch of all processes; g draws for all of that."""
         raise NotImplementedError
 
-    def no_sync(self):
-        return getattr(self.parallel, "no_sync", nullcontext)()
-
     def start_epoch(self):
         pass
 
@@ -555,8 +554,8 @@ def fit(stage: Stage):
                     g = generator(args.seed, stage.name, epoch, step)
                     torch.manual_seed(g.initial_seed() + first)  # for mixing and drop path
                     # Only the last backward pass sums the gradients over the processes.
-                    last = i + 1 == args.accum_steps
-                    with nullcontext() if last else stage.no_sync():
+                    no_sync = getattr(stage.parallel, "no_sync", nullcontext)
+                    with no_sync() if i + 1 < args.accum_steps else nullcontext():
                         loss = stage.loss(*batch, slice(first, first + args.batch_size), g)
                         (loss / args.accum_steps).backward()
                     run["losses"][step] += loss.detach() / args.accum_steps
@@ -568,16 +567,16 @@ def fit(stage: Stage):
                 stopped, bad = agree(len(SIGNALS) > 0, bad)
                 if stopped or bad:
                     break
-            run["seconds"] = time.time() - started
             losses = all_sum(run["losses"].clone()) / WORLD_SIZE
-            check_finite(args, losses, epoch)
+            check_finite(stage, losses, epoch)                   # waits for a GPU to be done
+            run["seconds"] = time.time() - started
             if run["step"] < steps or agree(len(SIGNALS) > 0)[0]:
                 stop(stage)
             columns = stage.end_epoch()
             started = time.time() - run["seconds"]               # that was not time of training
             seconds = run["seconds"] - run["epoch_began"]
             speed = steps * args.global_batch / (seconds - float(columns.get("update_seconds", 0)))
-            loss, lr = losses.mean().item(), optimizer.param_groups[0]["lr"]
+            loss, lr = losses.mean().item(), max(group["lr"] for group in optimizer.param_groups)
             run["log"].append([str(epoch + 1), f"{loss:.5f}", f"{lr:.3e}", f"{speed:.0f}",
                                f"{seconds:.2f}", *columns.values()])
             run.update(epoch=epoch + 1, step=0)
@@ -599,13 +598,14 @@ def stop(stage: Stage):
     sys.exit(128 + number)
 
 
-def check_finite(args, losses: Tensor, epoch: int):
+def check_finite(stage: Stage, losses: Tensor, epoch: int):
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         step = bad[0].item()
-        fail(f"the loss is {losses[step].item()} in epoch {epoch + 1}, step {step + 1}: start "
-             f"again in another --out-dir with a lower learning rate (--blr is {args.blr:g}) or in "
-             f"fp32. The last checkpoint in {args.out_dir} is unharmed")
+        fail(f"the loss is {losses[step].item()} in epoch {epoch + 1}, step {step + 1} of "
+             f"{stage.name}: start again in another --out-dir with a lower learning rate (its peak "
+             f"was {stage.lr:.3g}; see --blr, --probe-blr, --finetune-blr) or in fp32. The last "
+             f"checkpoint in {stage.args.out_dir} is unharmed")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -638,12 +638,13 @@ def update_maps(args, encoder: amt.ViT, data: Data) -> Tensor | None:
     finds its share; None: a signal came."""
     h = encoder.grid_size
     maps = torch.zeros(len(data.train), h, h, dtype=torch.float16, device=DEVICE)
-    for ids, images in data.whole(args, "train", share(len(maps))):
+    mine = share(len(maps))
+    for i, (ids, images) in enumerate(data.whole(args, "train", mine)):
         if SIGNALS:
             break
         with precision(args):
             maps[ids] = amt.masking_weights(encoder, data.normalise(images)).half()
-        progress(f"new attention maps: image {ids[0]} of {len(maps)}")
+        progress(f"new attention maps: {i * args.batch_size} of {len(mine)} images")
     wait()
     (stopped,) = agree(len(SIGNALS) > 0)
     return None if stopped else all_sum(maps)                    # 0 here: another process's
@@ -962,44 +963,47 @@ def save_masking(stage: Pretraining):
 # Benchmark
 
 
+TITLES = """\
+                GFLOP an image                       of random's             of the  not the
+                encoder decoder       step  images/s  time GFLOP    memory   matmul    model"""
+
+
 def benchmark(args):
     """Prints what a step costs by random masking and by AMT, taken in turn, and an update."""
     g, n, method = generator(args.seed, "benchmark"), args.batch_size, METHODS[args.method]
-    images = torch.randint(256, (n, 3, args.img_size, args.img_size), generator=g, device=DEVICE)
-    labels, (mean, std) = images[:, 0, 0, 0], torch.full((2, 3, 1, 1), 127.5, device=DEVICE)
-    data = Data(images.byte(), labels, images.byte(), labels, mean, std)
+    images = torch.randint(256, (n, 3, args.img_size, args.img_size), dtype=torch.uint8,
+                           generator=g, device=DEVICE)
+    labels, (mean, std) = images[:, 0, 0, 0].long(), torch.full((2, 3, 1, 1), 127.5, device=DEVICE)
+    data = Data(images, labels, images, labels, mean, std)
     stage, ids = Pretraining(args, data), torch.arange(n, device=DEVICE)
     set_lr(stage.optimizer, 1e-4, 0, 1)
     stage.model.train()
     maps = update_maps(args, stage.model.encoder, data)
-    side = 4096 if DEVICE.type == "cuda" else 2048
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    matrix = torch.randn(side, side, device=DEVICE, dtype=dtype)
 
-    def begin(masking: str, ratios: tuple[float, float]):
-        stage.args = argparse.Namespace(**{**vars(args), "masking": masking,
+    def step(masking: str, ratios: tuple[float, float], whole: bool = True):
+        """A step of one batch; not whole: what of it is not the model."""
+        stage.args = argparse.Namespace(**{**vars(args), "masking": masking, "global_batch": n,
                                            "mask_ratio": ratios[0], "throw_ratio": ratios[1]})
         stage.run["maps"] = maps if masking == "attention" else None
-        return next(data.crops(args, stage.scale, False, ids, ids, g))
-
-    def step(masking: str, ratios: tuple[float, float]):
-        crops = begin(masking, ratios)
+        some, crops, theta = next(data.crops(args, stage.scale, False, ids, ids, g))
+        if not whole:
+            return split(stage.args, stage.rank(some, theta, slice(0, n), g), ratios)
         stage.optimizer.zero_grad()
-        stage.loss(*crops, slice(0, n), g).backward()
+        stage.loss(some, crops, theta, slice(0, n), g).backward()
         stage.optimizer.step()
-
-    def choose(masking: str, ratios: tuple[float, float]):       # what of a step is not the model
-        ids, _, theta = begin(masking, ratios)
-        split(stage.args, stage.rank(ids, theta, slice(0, n), g), ratios)
 
     rows = {"random {:.2f}".format(method.random[0]): ("random", method.random)}
     rows |= {"AMT {:.2f}/{:.2f}".format(*ratios): ("attention", ratios) for ratios in method.amt}
     jobs = {name: partial(step, *row) for name, row in rows.items()}
-    jobs |= {f"{name}, choice": partial(choose, *row) for name, row in rows.items()}
-    jobs |= {"update": lambda: update_maps(args, stage.model.encoder, data), "matmul": lambda: matrix @ matrix}
+    jobs |= {f"{name}, choice": partial(step, *row, whole=False) for name, row in rows.items()}
+    jobs["update"] = partial(update_maps, args, stage.model.encoder, data)
     for job in jobs.values():                                    # compiles, makes AdamW's state
         job()
-    memory = {name: peak_memory(job) for name, job in jobs.items()}
+    memory = {name: peak_memory(jobs[name]) for name in rows}
+    side = 8192 if DEVICE.type == "cuda" else 2048
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    matrix = torch.randn(side, side, device=DEVICE, dtype=dtype)
+    jobs["matmul"] = lambda: matrix @ matrix
     times, began, rounds = {name: [] for name in jobs}, time.perf_counter(), 0
     while rounds < 3 or rounds < 10 and time.perf_counter() - began < 40:
         rounds += 1
@@ -1013,31 +1017,30 @@ def benchmark(args):
 
     chip = (torch.cuda.get_device_name() if DEVICE.type == "cuda" else
             f"{torch.get_num_threads()} CPU threads")
-    rate = 2 * side ** 3 / min(times["matmul"])
+    peak = 2 * side ** 3 / min(times["matmul"])
     say(f"{args.method}, {args.model}, {len(stage.model.encoder.blocks)} blocks, images "
         f"{args.img_size}, patches {args.patch_size}, batch {n}, {args.precision}\n{chip}, torch "
-        f"{torch.__version__}, matmul {rate / 1e12:.3g} TFLOP/s; medians of {rounds} rounds\n"
-        f"               GFLOP an image                      of random's          of the  not the\n"
-        f"               encoder  decoder   step  images/s    time  GFLOP  memory  matmul    model")
+        f"{torch.__version__}, matmul {peak / 1e12:.3g} TFLOP/s at best; medians of {rounds} "
+        f"rounds\n{TITLES}")
     counts = {name: operations(args, ratios) for name, (_, ratios) in rows.items()}
-    base = next(iter(rows))
+    base, best = list(rows)[:2]
     for name in rows:
         (encoder, decoder), s = counts[name], seconds[name]
-        say(f"{name:13} {encoder / 1e9:8.3f} {decoder / 1e9:8.3f} {1e3 * s:5.0f} ms {n / s:8,.0f}"
-            f"{s / seconds[base]:9.2f} {(encoder + decoder) / sum(counts[base]):6.2f} "
-            f"{memory[name]:4.1f} GiB {(encoder + decoder) * n / s / rate:6.0%} "
+        say(f"{name:14} {encoder / 1e9:8.3f} {decoder / 1e9:7.3f} {1e3 * s:7.1f} ms "
+            f"{n / s:9,.0f} {s / seconds[base]:5.2f} {sum(counts[name]) / sum(counts[base]):5.2f} "
+            f"{memory[name]:5.1f} GiB {sum(counts[name]) * n / s / peak:8.0%} "
             f"{seconds[f'{name}, choice'] / s:8.1%}")
-    share = seconds["update"] / (args.update_interval * seconds[list(rows)[1]])
+    cost = seconds["update"] / (args.update_interval * seconds[best])
     say(f"update of the maps: {n / seconds['update']:,.0f} images/s; every {args.update_interval} "
-        f"epochs, {share:.1%} of the time that these take by {list(rows)[1]}")
+        f"epochs, {cost:.1%} of the time that these take by {best}")
 
 
 def operations(args, ratios: tuple[float, float]) -> tuple[int, int]:
     """Floating-point operations of a step for an image, those of matrix products and their
     gradients, in the encoder and in the decoder; counted without doing them."""
     with torch.device("meta"), PlainAttention(), FlopCounterMode(display=False) as counter:
-        images, units = torch.zeros(1, 3, args.img_size, args.img_size), torch.arange(args.num_units)
-        masked, _, visible = split(args, units[None], ratios)
+        images = torch.zeros(1, 3, args.img_size, args.img_size)
+        masked, _, visible = split(args, torch.arange(args.num_units)[None], ratios)
         build_model(args)(images, visible, masked)[0].backward()
     encoder = sum(sum(count.values()) for name, count in counter.get_flop_counts().items()
                   if re.fullmatch(r"\w+\.encoder\.(patch_embed|blocks\.\d+)", name))
@@ -1045,18 +1048,18 @@ def operations(args, ratios: tuple[float, float]) -> tuple[int, int]:
 
 
 def peak_memory(job: Callable) -> float:
-    """GiB, while job() runs: of tensors on a GPU; on Linux, of the process."""
-    status = Path("/proc/self/status")
+    """GiB, while job() runs: of tensors on a GPU; on Linux, of the process; elsewhere nan."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         job()
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)                         # gives back what is free
         Path("/proc/self/clear_refs").write_text("5")            # resets VmHWM
-    job()
-    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "")
-    return int(peak[1]) / 2 ** 20 if peak else math.nan
+        job()
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2 ** 20
+    return math.nan
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1076,11 +1079,6 @@ DEFAULTS = {  # where a data set's are not those of parse_args
 }
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        fail(f"{message} (see --help)")
-
-
 def at_least(low: int):
     def whole_number(text: str) -> int:
         if not (text.lstrip("-").isdigit() and low <= int(text) < 2 ** 31):
@@ -1098,7 +1096,9 @@ def rate(text: str) -> float:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message} (see --help)")
     some, number = {"type": at_least(1)}, {"type": at_least(0)}
 
     def add(flag: str, text: str = "(%(default)s)", default=None, **kwargs):
@@ -1153,7 +1153,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     # the machine
     add("--precision", "(bf16 autocast on GPUs that have it)", choices=["bf16", "fp32"])
     add("--compile", "by torch.compile", False, action="store_true")
-    add("--benchmark", "only time steps, on made images", False, action="store_true")
+    add("--benchmark", "only time steps of --method at the paper's ratios, on made images", False,
+        action="store_true")
 
     first = parser.parse_known_args(argv)[0]
     parser.set_defaults(**DEFAULTS[first.dataset])
@@ -1205,7 +1206,9 @@ def check(args):
     try:
         with torch.device("meta"):
             build_model(args)
-        for ratios in [METHODS[args.method].random, (args.mask_ratio, args.throw_ratio)]:
+        method = METHODS[args.method]
+        for ratios in [method.random, (args.mask_ratio, args.throw_ratio),
+                       *(method.amt if args.benchmark else ())]:
             split(args, torch.zeros(1, args.num_units, dtype=torch.int64), ratios)
     except ValueError as error:
         fail(f"{error} (see --img-size, --patch-size, --mask-unit, --mask-ratio, --throw-ratio)")
@@ -1270,11 +1273,14 @@ def main(argv: list[str] | None = None):
         end = error.code
     except KeyboardInterrupt:
         end = "stopped: the same command with --resume goes on from the last checkpoint"
-    except RuntimeError as error:
-        if WORLD_SIZE == 1 or not re.search("gloo|NCCL|onnection", str(error)):
-            raise
-        end = (f"train_cifar.py: error: lost another process ({reason(error)[:99]}): its error, if "
-               f"any, is above; the same command with --resume goes on from the last checkpoint")
+    except Exception as error:
+        if WORLD_SIZE > 1 and re.search("gloo|NCCL|onnection", str(error)):
+            end = (f"train_cifar.py: error: lost another process ({' '.join(str(error).split())}): "
+                   f"its error, if any, is above; the same command with --resume goes on from the "
+                   f"last checkpoint")
+        else:
+            traceback.print_exc()
+            end = 1
     sys.exit(end)                       # only here, where nothing holds the loader and its workers
 
 
