@@ -1027,7 +1027,7 @@ def benchmark(args):
     for name in rows:
         (encoder, decoder), s = counts[name], seconds[name]
         say(f"{name:14} {encoder / 1e9:8.3f} {decoder / 1e9:7.3f} {1e3 * s:7.1f} ms "
-            f"{n / s:9,.0f} {s / seconds[base]:5.2f} {sum(counts[name]) / sum(counts[base]):5.2f} "
+            f"{n / s:9,.1f} {s / seconds[base]:5.2f} {sum(counts[name]) / sum(counts[base]):5.2f} "
             f"{memory[name]:5.1f} GiB {sum(counts[name]) * n / s / peak:8.0%} "
             f"{seconds[f'{name}, choice'] / s:8.1%}")
     cost = seconds["update"] / (args.update_interval * seconds[best])
