@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -2017,7 +2018,9 @@ def test_workers_and_processes_change_nothing(tmp_path):
         torch.load(tmp_path / d / "finetuned.pth", weights_only=True) for d in ("none", "three")
     ]
     assert_same(*tuned)
-    torchrun(*flags, "--workers", 1, "--batch-size", 3, "--accum-steps", 2, "--out-dir", tmp_path)
+    flags += ["--workers", 1, "--batch-size", 3, "--accum-steps", 2, "--out-dir", tmp_path]
+    codes, said = two_processes(*flags, out=tmp_path / "said")
+    assert codes == [0, 0], said
     two = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     losses = [column(d, "loss") for d in (tmp_path, tmp_path / "none")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -2264,25 +2267,43 @@ def test_no_step_waits_for_the_device(method, masking):
 # Runs that are stopped, and several processes
 
 
-def command(*flags, processes=0):
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        if processes
-        else []
-    )
+def command(*flags, launcher=()):
     return [sys.executable, *launcher, str(HERE / "train_cifar.py"), *SMALL, *map(str, flags)]
 
 
-def torchrun(*flags, processes=2, program=HERE / "train_cifar.py"):
-    """Runs the script, or another one, in several processes; what it printed."""
-    done = subprocess.run(
-        [*command(*flags, processes=processes)[:5], program, *SMALL, *map(str, flags)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
-    )
-    return done
+FORKS = multiprocessing.get_context("forkserver")  # of a process that has the imports behind it
+FORKS.set_forkserver_preload(["torchvision.datasets", "torchvision.transforms.v2"])
+
+
+def two_processes(*flags, out, program=HERE / "train_cifar.py"):
+    """Runs the script, or another one, in two processes; their exit codes and what they print.
+
+    The files `out`-0 and `out`-1 get it, so that no process waits for a reader.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+        source = f"""
+import os, runpy, sys, torch
+os.dup2(os.open({f"{out}-{rank}"!r}, os.O_WRONLY | os.O_CREAT), 1)
+os.dup2(1, 2)
+os.environ.update({ {name: str(value) for name, value in env.items()} })
+sys.path.insert(0, {str(HERE)!r})
+sys.argv = {[str(program), *SMALL, *map(str, flags)]}
+torch.set_num_threads(1)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+        processes.append(FORKS.Process(target=exec, args=(source,)))
+        processes[-1].start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+        process.join()
+    said = [Path(f"{out}-{rank}").read_text() for rank in range(2)]
+    return [process.exitcode for process in processes], "".join(said)
 
 
 def test_killed_and_resumed_run_ends_with_the_same_weights(finished, tmp_path):
@@ -2395,19 +2416,22 @@ def test_a_signal_in_a_short_probe(finished, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "action, message, epoch, step",
+    "action, message, codes, epoch, step",
     [
         (
             "os.kill(os.getpid(), 15)",
             "stopped by SIGTERM in pretraining, epoch 3, after step 1",
+            [143, 143],
             2,
             1,
         ),
-        ("result = result * float('nan')", "the loss is nan in epoch 3, step 1", 2, 0),
-        ("os.kill(os.getpid(), 9)", "lost another process", 2, 0),
+        ("result = result * float('nan')", "the loss is nan in epoch 3, step 1", [1, 1], 2, 0),
+        ("os.kill(os.getpid(), 9)", "lost another process", [1, -9], 2, 0),
     ],
 )
-def test_what_one_process_meets_ends_all(action, message, epoch, step, tmp_path, monkeypatch):
+def test_what_one_process_meets_ends_all(
+    action, message, codes, epoch, step, tmp_path, monkeypatch
+):
     program = tmp_path / "program.py"
     program.write_text(
         f"""
@@ -2423,10 +2447,10 @@ train_cifar.Pretraining.loss = failing
 train_cifar.main()
 """
     )
-    done = torchrun("--batch-size", 16, "--out-dir", tmp_path / "out", program=program)
-    assert done.returncode != 0
-    said = done.stdout + done.stderr
-    assert message in said and "--resume" in said or "lower learning rate" in said
+    flags = ["--batch-size", 16, "--out-dir", tmp_path / "out"]
+    ends, said = two_processes(*flags, out=tmp_path / "said", program=program)
+    assert ends == codes, said
+    assert message in said and ("--resume" in said or "lower learning rate" in said)
     assert said.count("error: the loss is nan") <= 1
     saved = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
     assert (saved["epoch"], saved["step"]) == (epoch, step)
@@ -2574,8 +2598,10 @@ def test_resume_before_the_first_checkpoint_starts_from_the_beginning(finished, 
 
 
 def test_two_processes_do_what_one_does(finished, tmp_path, capsys):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = ["--out-dir", tmp_path, "--batch-size", 16, "--finetune-epochs", 1]
     done = subprocess.run(
-        command("--out-dir", tmp_path, "--batch-size", 16, "--finetune-epochs", 1, processes=2),
+        command(*flags, launcher=torchrun),
         capture_output=True,
         text=True,
         timeout=300,
