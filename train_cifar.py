@@ -1,6 +1,6 @@
 """Pretrains a vision transformer by masked image modeling with AMT, then probes and fine-tunes it.
 
-    python train_cifar.py --dataset shapes             # a look at the method, offline, on a CPU
+    python train_cifar.py --dataset shapes --out-dir out-shapes      # a look, offline, on a CPU
     python train_cifar.py                              # CIFAR-10, one GPU
     torchrun --nproc_per_node=4 train_cifar.py --dataset imagenet --data-path DIR       # four GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
