@@ -2267,8 +2267,8 @@ def test_no_step_waits_for_the_device(method, masking):
 # Runs that are stopped, and several processes
 
 
-def command(*flags, launcher=()):
-    return [sys.executable, *launcher, str(HERE / "train_cifar.py"), *SMALL, *map(str, flags)]
+def command(*flags):
+    return [sys.executable, str(HERE / "train_cifar.py"), *SMALL, *map(str, flags)]
 
 
 FORKS = multiprocessing.get_context("forkserver")  # of a process that has the imports behind it
@@ -2282,17 +2282,16 @@ def two_processes(*flags, out, program=HERE / "train_cifar.py"):
     """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
+    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    argv = [str(program), *command(*flags)[2:]]
     processes = []
     for rank in range(2):
-        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
         source = f"""
 import os, runpy, sys, torch
-os.dup2(os.open({f"{out}-{rank}"!r}, os.O_WRONLY | os.O_CREAT), 1)
+os.dup2(os.open("{out}-{rank}", os.O_WRONLY | os.O_CREAT), 1)
 os.dup2(1, 2)
-os.environ.update({ {name: str(value) for name, value in env.items()} })
-sys.path.insert(0, {str(HERE)!r})
-sys.argv = {[str(program), *SMALL, *map(str, flags)]}
+os.environ.update({env}, MASTER_PORT="{port}", RANK="{rank}", LOCAL_RANK="{rank}")
+sys.argv = {argv}
 torch.set_num_threads(1)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -2598,10 +2597,9 @@ def test_resume_before_the_first_checkpoint_starts_from_the_beginning(finished, 
 
 
 def test_two_processes_do_what_one_does(finished, tmp_path, capsys):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = ["--out-dir", tmp_path, "--batch-size", 16, "--finetune-epochs", 1]
+    python, *script = command("--out-dir", tmp_path, "--batch-size", 16, "--finetune-epochs", 1)
     done = subprocess.run(
-        command(*flags, launcher=torchrun),
+        [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script],
         capture_output=True,
         text=True,
         timeout=300,
