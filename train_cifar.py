@@ -1,41 +1,42 @@
-"""Pretrains a vision transformer by masked image modeling with AMT, then probes and fine-tunes it.
+"""Pretrain a vision transformer with AMT, then train a linear probe on it and fine-tune it.
 
-    python train_cifar.py --dataset shapes --out-dir out-shapes      # a look, offline, on a CPU
-    python train_cifar.py                              # CIFAR-10, one GPU
-    torchrun --nproc_per_node=4 train_cifar.py --dataset imagenet --data-path DIR       # four GPUs
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
-        train_cifar.py --dataset imagenet --data-path DIR                  # on each of two nodes
-    python train_cifar.py --resume                     # goes on with the run in --out-dir
+    python train_cifar.py --dataset shapes --out-dir out-shapes          # offline, on a CPU
+    python train_cifar.py                                                # CIFAR-10, one GPU
+    python train_cifar.py --resume                                       # continue a stopped run
+    torchrun --nproc_per_node=4 train_cifar.py --dataset imagenet --data-path DIR     # 4 GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        train_cifar.py --dataset imagenet --data-path DIR                # on each of two nodes
 
-    python train_cifar.py --masking random --out-dir out-random              # MAE, the baseline
-    python train_cifar.py --method simmim --out-dir out-simmim               # SimMIM with AMT
-    python train_cifar.py --checkpoint out/encoder.pth --epochs 0 --probe-epochs 0 \
-        --finetune-epochs 100 --out-dir out-finetuned                        # none: from scratch
-    python train_cifar.py --benchmark                  # what a step costs: random and AMT
+    python train_cifar.py --masking random --out-dir out-random          # MAE, the baseline
+    python train_cifar.py --method simmim --out-dir out-simmim           # SimMIM with AMT
+    python train_cifar.py --checkpoint out/encoder.pth --epochs 0 --probe-epochs 0 \\
+        --finetune-epochs 100 --out-dir out-finetuned                    # fine-tune an encoder
+    python train_cifar.py --benchmark                                    # the cost of a step
 
---out-dir gets checkpoint.pth, encoder.pth (the encoder's state dict alone), log.csv (a row an
-epoch), attention.png (what [CLS] attended to at each update) and masking.png; probe and fine-tuning
-have checkpoints and logs of their own, and fine-tuning leaves finetuned.pth.
+A run is a sequence of numbered steps. The epoch, the learning rate, the images and all random
+numbers of a step follow from its number and the seed. So a checkpoint needs no state of a data
+loader or of a random generator, and a resumed run ends with the same weights as an unbroken one.
+
+A run writes to --out-dir: checkpoint.pth, encoder.pth (the state dict of the encoder alone, with
+timm's names), log.csv (one row per epoch), attention.png (what [CLS] attended to at each update of
+the maps) and masking.png (what is masked and predicted). The probe and fine-tuning have their own
+checkpoint and log, and fine-tuning writes finetuned.pth.
 """
 import argparse
 import ctypes
+import fcntl
+import io
 import math
 import os
-import pickle
 import random
-import re
 import signal
-import statistics
 import sys
 import time
-import traceback
-from collections.abc import Callable
+import zipfile
+import zlib
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -53,362 +54,709 @@ from torchvision.utils import save_image
 
 import amt
 
-RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE = (  # set by torchrun
-    int(os.environ.get(name, default)) for name, default in
-    [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)])
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))        # torchrun sets these
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
+TERMINAL = sys.stdout is not None and sys.stdout.isatty()
 
-
-class Method(NamedTuple):
-    random: tuple[float, float]         # masked and thrown at random, and until the first update
-    amt: list[tuple[float, float]]      # and by AMT; the first is the default
-    mask_unit: int                      # the side, in patches, of what is masked as one
-    scale: tuple[float, float]          # the crops' share of the area
-
-
-METHODS = {  # the ratios of AMT with MaskFeat are those with SimMIM
-    "mae": Method((0.75, 0.0), [(0.45, 0.40)], 1, (0.2, 1.0)),
-    "simmim": Method((0.60, 0.0), [(0.44, 0.26), (0.33, 0.50)], 2, (0.67, 1.0)),
-    "maskfeat": Method((0.40, 0.0), [(0.44, 0.26), (0.33, 0.50)], 2, (0.5, 1.0)),
+# Mask and throw ratio of random masking and of AMT (the first is the default), side of a masking
+# unit in patches, area of the random crops. MaskFeat has SimMIM's ratios of AMT.
+METHODS = {
+    "mae": dict(random=(0.75, 0.0), amt=[(0.45, 0.40)], unit=1, scale=(0.2, 1)),
+    "simmim": dict(random=(0.60, 0.0), amt=[(0.44, 0.26), (0.33, 0.50)], unit=2, scale=(0.67, 1)),
+    "maskfeat": dict(random=(0.40, 0.0), amt=[(0.44, 0.26), (0.33, 0.50)], unit=2, scale=(0.5, 1)),
 }
-BY_ATTENTION = ["attention", "attmask", "mst"]      # the strategies that need attention maps
+USE_MAPS = ["attention", "attmask", "mst"]               # strategies that rank by attention maps
+DEFAULTS = {  # flags of a data set that differ from cifar10's
+    "cifar10": {},
+    "cifar100": {},
+    "stl10": dict(img_size=96, patch_size=8),
+    "tiny-imagenet": dict(img_size=64, patch_size=8),
+    "folder": dict(img_size=224, patch_size=16),
+    "imagenet": dict(img_size=224, patch_size=16, model="vit_base", decoder_embed_dim=512,
+                     decoder_depth=8, blr=1.5e-4, save_every=1),
+    "shapes": dict(depth=3, decoder_embed_dim=96, decoder_depth=1, epochs=24, update_interval=4,
+                   batch_size=64, blr=4e-3, probe_epochs=8, probe_blr=0.5),
+}
+
 
 # ------------------------------------------------------------------------------------------------
-# Lines, processes, signals
+# Flags
 
 
-def say(line: str, end: str = "\n"):
-    if RANK == 0:
-        clear = "\r\x1b[K" if sys.stdout.isatty() else ""        # the line that `progress` left
-        print(clear + line, end=end, flush=True)
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="The defaults shown are those of cifar10. Other data sets change some of them.")
+    parser.error = lambda message: sys.exit(f"train_cifar.py: error: {message} (see --help)")
+
+    def add(flag: str, default, text: str, **kwargs):
+        if default is not None:
+            text += " (default: %(default)s)"
+            kwargs.setdefault("type", type(default))
+        parser.add_argument(flag, default=default, help=text, **kwargs)
+
+    add("--dataset", "cifar10", "cifar10, cifar100 and stl10 are downloaded; tiny-imagenet and "
+        "folder (train/<class>/, val/<class>/) are decoded once and kept in memory; imagenet is a "
+        "folder that is decoded in each epoch; shapes is generated", choices=DEFAULTS)
+    add("--data-path", "data", "directory of the images", metavar="DIR")
+    add("--num-images", 2500, "number of training images of shapes")
+    add("--img-size", 32, "side of an image in pixels")
+    add("--workers", min(16, max(1, (os.cpu_count() or 1) // LOCAL_WORLD_SIZE)),
+        "processes that decode images, for each training process")
+    vits = ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+    add("--model", "vit_tiny", "size of the encoder", choices=vits)
+    add("--depth", None, "number of encoder blocks (default: the model's)", type=int)
+    add("--patch-size", 4, "side of a patch in pixels")
+    add("--decoder-embed-dim", 192, "width of the MAE decoder, a multiple of 32")
+    add("--decoder-depth", 4, "number of blocks of the MAE decoder")
+    add("--method", "mae", "maskfeat is simmim with HOG targets", choices=METHODS)
+    add("--masking", "attention", "how patches are ranked: attention samples them by attention, "
+        "attmask takes the highest attention first, mst the lowest; the others ignore attention",
+        choices=amt.STRATEGIES)
+    add("--weights", "own", "what ranks patches instead of the image's own attention map: shuffled "
+        "is another image's map, uniform is 1 for each patch, debiased is the own map divided by "
+        "the mean map of the data set", choices=["own", "shuffled", "uniform", "debiased"])
+    add("--mask-ratio", None, "fraction of patches that are masked (default with attention: 0.45 "
+        "for mae, else 0.44; without: 0.75 mae, 0.60 simmim, 0.40 maskfeat)", type=float)
+    add("--throw-ratio", None, "fraction of patches that are thrown (default with attention: 0.40 "
+        "for mae, else 0.26; without: 0)", type=float)
+    add("--throw", "middle", "part of the ranking that is thrown", choices=["middle", "lowest"])
+    add("--mask-unit", None, "side of a masking unit in patches (default: 1 mae, else 2)", type=int)
+    add("--update-interval", None, "epochs between updates of the attention maps (default: a tenth "
+        "of --epochs)", type=int)
+    add("--epochs", 400, "epochs of pretraining; 0 with --checkpoint")
+    add("--warmup-epochs", None, "epochs of warm-up (default: a tenth of --epochs)", type=int)
+    add("--batch-size", 512, "images per process and forward pass")
+    add("--accum-steps", 1, "forward passes per process and optimiser step")
+    add("--blr", 5e-4, "learning rate for 256 images a step; it grows in proportion to these")
+    add("--checkpoint", None, "with --epochs 0: the encoder to probe or to fine-tune, a file of "
+        "this script, timm or MAE; or none, for an untrained encoder", metavar="FILE")
+    add("--probe-epochs", 90, "epochs of the linear probe; 0 skips it")
+    add("--probe-blr", 0.1, "learning rate of the probe, like --blr")
+    add("--probe-every", None, "log the accuracy of a short probe, a tenth of --probe-epochs, each "
+        "N epochs of pretraining", type=int, metavar="N")
+    add("--finetune-epochs", 0, "epochs of fine-tuning; 0 skips it")
+    add("--finetune-blr", 1e-3, "learning rate of fine-tuning, like --blr; each block has 0.75 "
+        "times the rate of the next one")
+    add("--finetune-randaugment", None, "fine-tune with RandAugment", action="store_true")
+    add("--seed", 0, "seed of all random numbers")
+    add("--out-dir", Path("out"), "directory of the run's files", metavar="DIR")
+    add("--resume", None, "continue the run in --out-dir; give its flags", action="store_true")
+    add("--save-every", 10, "epochs between checkpoints")
+    add("--precision", None, "bf16 is autocast (default: bf16 on GPUs that have it, else fp32)",
+        choices=["bf16", "fp32"])
+    add("--compile", None, "use torch.compile", action="store_true")
+    add("--benchmark", None, "only time a step: random masking against AMT", action="store_true")
+
+    first = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**DEFAULTS[first.dataset])
+    if first.model == "vit_huge" and parser.get_default("patch_size") == 16:
+        parser.set_defaults(patch_size=14)
+    if first.checkpoint == "none":
+        parser.set_defaults(probe_epochs=0)
+    first = parser.parse_args(argv)
+    method = METHODS[first.method]
+    ratios = method["amt"][0] if first.masking == "attention" else method["random"]
+    bf16 = DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if first.update_interval is None:
+        parser.set_defaults(update_interval=max(1, round(first.epochs / 10)))
+    parser.set_defaults(mask_ratio=ratios[0], throw_ratio=ratios[1], mask_unit=method["unit"],
+                        warmup_epochs=first.epochs // 10, precision="bf16" if bf16 else "fp32")
+    args = parser.parse_args(argv)
+    args.global_batch = args.batch_size * args.accum_steps * WORLD_SIZE
+    check(args, parser.error)
+    return args
 
 
-def fail(message: str, alone: bool = False):
-    """Ends the program with one line, said by one process a machine; or by this one, if alone."""
-    sys.exit(f"train_cifar.py: error: {message}" if alone or LOCAL_RANK == 0 else 1)
+def check(args, error):
+    """Refuses flags that are out of range or do not fit together, before any data is loaded."""
+    may_be_0 = ["workers", "epochs", "warmup_epochs", "probe_epochs", "finetune_epochs", "seed"]
+    for name, value in vars(args).items():
+        low = 0 if name in may_be_0 else 1
+        if type(value) is int and value < low:
+            error(f"--{name.replace('_', '-')} {value} is not allowed: give {low} or more")
+        if name.endswith("blr") and not 0 < value < math.inf:
+            error(f"--{name.replace('_', '-')} {value} is not allowed: give a number above 0")
+    if DEVICE.type == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
+        error(f"there are more processes than GPUs: give torchrun --nproc_per_node "
+              f"{torch.cuda.device_count()}")
+    if bool(args.epochs) == bool(args.checkpoint):
+        error(f"--epochs {args.epochs} with --checkpoint {args.checkpoint}: give --epochs above 0 "
+              f"to pretrain, or --epochs 0 and a --checkpoint, FILE or none")
+    if args.epochs and args.warmup_epochs >= args.epochs:
+        error(f"--warmup-epochs {args.warmup_epochs} is not less than --epochs {args.epochs}")
+    if args.probe_epochs and args.batch_size * WORLD_SIZE == 1:
+        error("--batch-size 1 is too small for the BatchNorm of the linear probe: give 2 or more")
+    try:
+        with torch.device("meta"):
+            build_model(args)
+        grid = args.img_size // args.patch_size
+        amt.expand_units(torch.zeros(1, 1).long(), grid, args.mask_unit)
+        ranking = torch.zeros(1, (grid // args.mask_unit) ** 2)
+        amt.mask_and_throw(ranking, *METHODS[args.method]["random"])
+        amt.mask_and_throw(ranking, args.mask_ratio, args.throw_ratio, args.throw)
+    except ValueError as wrong:
+        error(f"{wrong} (flags: --img-size, --patch-size, --decoder-embed-dim, --mask-unit, "
+              f"--mask-ratio, --throw-ratio)")
 
 
-def reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+# ------------------------------------------------------------------------------------------------
+# Main
 
 
-def progress(line: str) -> bool:
-    """Once a second: True, and on a terminal the line, which the next one overwrites."""
-    now = time.time()
-    if now - progress.shown < 1:
-        return False
-    progress.shown = now
-    if sys.stdout.isatty():
-        say(line, end="")
-    return True
-
-
-progress.shown = 0.0
-
-
-def keep_memory():
-    """Makes glibc keep freed blocks of over 32 MB, of which each new one would cost its page faults
-    again: on a CPU, up to a quarter of a step."""
-    with suppress(OSError, AttributeError, TypeError):           # there is no glibc
-        ctypes.CDLL(None).mallopt(-4, 0)                         # M_MMAP_MAX
-        ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)               # M_TRIM_THRESHOLD
-
-
-def clock(seconds: float) -> timedelta:
-    return timedelta(seconds=round(seconds))
-
-
-def all_sum(x: Tensor) -> Tensor:
-    """Sums x over the processes, in place."""
+def main(argv: list[str] | None = None):
+    args = parse_args(argv)
+    torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
+    if args.benchmark:
+        benchmark(args)
+        return
     if WORLD_SIZE > 1:
-        dist.all_reduce(x, group=all_sum.group)
-    return x
-
-
-def agree(*flags: bool) -> list[bool]:
-    """Whether each flag is up in any process."""
-    return all_sum(torch.tensor(flags, dtype=torch.int32)).bool().tolist()
-
-
-def wait():
-    """Returns when all processes are here, one of which may be busy with a file for long; in all
-    other places a process that keeps the others waiting for 45 seconds counts as lost."""
+        if DEVICE.type == "cuda":
+            torch.cuda.set_device(DEVICE)
+        backend = "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    with open_out_dir(args):
+        data = load_data(args)
+        check_same("training images", data.fingerprint)
+        if args.global_batch > len(data.train_labels):
+            sys.exit(f"error: a step takes {args.global_batch} images, but only "
+                     f"{len(data.train_labels)} have labels: give a smaller --batch-size")
+        say(f"{args.dataset}: {len(data.train)} training and {len(data.test)} test images. "
+            f"{args.model} on {DEVICE} in {args.precision}, {args.global_batch} images a step, "
+            f"processes: {WORLD_SIZE}")
+        note_signals()
+        if args.checkpoint:
+            encoder = load_encoder(args)
+        else:
+            pretraining = Pretraining(args, data)
+            fit(pretraining)
+            save_masking(pretraining)
+            encoder = pretraining.model.encoder
+        if args.probe_epochs:
+            probe = LinearProbe(args, data, encoder, args.probe_epochs, "probe-")
+            fit(probe)
+            say(f"linear probe: {probe.run['log'][-1]['test_accuracy']} % of the test images")
+        if args.finetune_epochs:
+            finetuning = FineTuning(args, data, encoder)
+            fit(finetuning)
+            say(f"fine-tuning: {finetuning.run['log'][-1]['test_accuracy']} % of the test images")
+            state = finetuning.model.state_dict()
+            state = {name.removeprefix("encoder."): p for name, p in state.items()}
+            write_file(args.out_dir / "finetuned.pth", serialise(state))
+        say(f"done: see {args.out_dir}")
     if WORLD_SIZE > 1:
-        dist.all_reduce(torch.zeros(1))
+        dist.destroy_process_group()
 
 
-def share(n: int) -> Tensor:
-    """The numbers, of 0 ... n-1, that are this process's: all of them together have each once."""
-    return torch.arange(n, device=DEVICE).tensor_split(WORLD_SIZE)[RANK]
+# ------------------------------------------------------------------------------------------------
+# Pretraining
 
 
-def generator(*key) -> torch.Generator:
-    """The generator of what is drawn under a key such as (seed, "pretraining", epoch, step).
+class Stage:
+    """What `fit` trains: a model, an optimiser and a loss. A checkpoint holds the states of the
+    model and of the optimiser, and `run`. `prefix` begins the names of the stage's files; a stage
+    whose prefix is None has no files."""
+    scale, augment, warmup = (0.2, 1.0), False, 0        # area of crops; RandAugment; epochs
+    encoder_checksum = None                              # of the encoder that it starts from
 
-    Each epoch, and each step, draws from its own, for the batch of all processes, of which each
-    takes its rows. So no random state is ever saved, a resumed step draws what it drew before, and
-    the draws do not depend on the number of processes.
+    def __init__(self, args, data, name: str, prefix: str | None, model: nn.Module, optimizer,
+                 blr: float, epochs: int, n: int):
+        self.args, self.data, self.name, self.prefix = args, data, name, prefix
+        self.model, self.optimizer = model, optimizer
+        self.lr = blr * args.global_batch / 256
+        self.epochs = epochs
+        self.n = n                                       # it trains on the first n training images
+        self.steps = n // args.global_batch              # of an epoch
+        loss = torch.zeros((), dtype=torch.float64, device=DEVICE)           # sum over this epoch
+        self.run = {"step": 0, "loss": loss, "seconds": 0.0, "log": []}      # log: a row an epoch
+
+    def start_epoch(self, epoch: int):
+        pass
+
+    def end_epoch(self, epoch: int) -> dict[str, str]:
+        """More columns for the epoch's row in the log."""
+        return {}
+
+
+class Pretraining(Stage):
+    def __init__(self, args, data):
+        torch.manual_seed(args.seed)
+        model = build_model(args).to(DEVICE)
+        super().__init__(args, data, "pretraining", "", model, build_optimizer(model), args.blr,
+                         args.epochs, len(data.train))
+        self.parallel = wrap(args, model)
+        self.scale, self.warmup = METHODS[args.method]["scale"], args.warmup_epochs
+        self.run |= {"maps": None, "snapshots": [], "update_seconds": 0.0, "position_share": ""}
+
+    def update_is_due(self, epoch: int) -> bool:
+        return (self.args.masking in USE_MAPS and 0 < epoch < self.epochs
+                and epoch % self.args.update_interval == 0)
+
+    def start_epoch(self, epoch: int):
+        """Updates the attention maps when it is time: the encoder looks at each whole image."""
+        args, data, run, encoder = self.args, self.data, self.run, self.model.encoder
+        run["update_seconds"], run["position_share"] = 0.0, ""
+        if not self.update_is_due(epoch):
+            return
+        started = time.time()
+        with precision(args):
+            batches = ((ids, data.normalise(images))
+                       for ids, images in data.whole("train", share(self.n)))
+            maps = all_reduce(amt.update_maps(encoder, batches, self.n)).float()        # (n, h, w)
+        run["position_share"] = f"{(maps.mean(0).var() / maps.var()).item():.4f}"
+        torch.manual_seed(seed_of(args.seed, "shuffled", epoch))
+        run["maps"] = reweight(maps, args.weights).half()
+        run["snapshots"].append(amt.masking_weights(encoder, data.normalise(self.shown())))
+        save_grid([self.shown() / 255, *map(heat, run["snapshots"])],        # the paper's Fig. 4
+                  args.out_dir / "attention.png")
+        run["update_seconds"] = time.time() - started
+
+    def loss(self, ids: Tensor, images: Tensor, theta: Tensor) -> Tensor:
+        """The mean loss of crops (B, 3, H, H), 0 to 255, of the training images ids (B,)."""
+        args, maps = self.args, self.run["maps"]
+        unit = args.mask_unit * args.patch_size                              # in pixels
+        if maps is None:
+            weights = torch.ones(len(ids), (args.img_size // unit) ** 2, device=DEVICE)
+        else:
+            weights = amt.crop_weights(maps[ids], theta, args.img_size, unit)
+        masked, thrown, visible = self.choose(weights)   # the model never gets the thrown patches
+        with precision(args):
+            return self.parallel(self.data.normalise(images), visible=visible, masked=masked)[0]
+
+    def choose(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices of the masked, thrown and visible patches, by the weights of the units."""
+        args = self.args
+        if args.masking in USE_MAPS and self.run["maps"] is None:    # before the first update
+            ratios = METHODS[args.method]["random"]
+            return amt.mask_and_throw(amt.random_ranking(weights), *ratios, unit=args.mask_unit)
+        ranking = amt.STRATEGIES[args.masking](weights)
+        return amt.mask_and_throw(ranking, args.mask_ratio, args.throw_ratio, args.throw,
+                                  args.mask_unit)
+
+    def end_epoch(self, epoch: int) -> dict[str, str]:
+        accuracy = ""
+        if self.args.probe_every and epoch % self.args.probe_every == 0:
+            save_checkpoint(self)                        # a signal may end the probe
+            epochs = max(1, self.args.probe_epochs // 10)
+            probe = LinearProbe(self.args, self.data, self.model.encoder, epochs, prefix=None)
+            fit(probe)
+            accuracy = probe.run["log"][-1]["test_accuracy"]
+        return {"update_seconds": f"{self.run['update_seconds']:.2f}",
+                "position_share": self.run["position_share"], "probe_accuracy": accuracy}
+
+    def shown(self) -> Tensor:
+        """Eight test images, 0 to 255, for the pictures."""
+        ids = torch.randperm(len(self.data.test), generator=torch.Generator().manual_seed(0))[:8]
+        return torch.cat([images for _, images in self.data.whole("test", ids)])
+
+
+def reweight(maps: Tensor, weights: str) -> Tensor:
+    """What patches are ranked by, given the attention maps (n, h, w): see --weights."""
+    if weights == "shuffled":
+        return maps[torch.randperm(len(maps)).to(maps.device)]
+    if weights == "uniform":
+        return torch.ones_like(maps)
+    if weights == "debiased":
+        ratio = maps / maps.mean(dim=0).clamp_min(1e-4)
+        low, high = ratio.amin(dim=(1, 2), keepdim=True), ratio.amax(dim=(1, 2), keepdim=True)
+        return (ratio - low) / (high - low).clamp_min(1e-12)
+    return maps
+
+
+def build_model(args) -> nn.Module:
+    encoder = build_encoder(args)
+    if args.method != "mae":
+        return amt.SimMIM(encoder, "hog" if args.method == "maskfeat" else "pixels")
+    return amt.MAE(encoder, args.decoder_embed_dim, args.decoder_depth,
+                   args.decoder_embed_dim // 32, norm_pix_loss=True)
+
+
+def build_encoder(args, **kwargs) -> amt.ViT:
+    if args.depth:
+        kwargs["depth"] = args.depth
+    return getattr(amt, args.model)(img_size=args.img_size, patch_size=args.patch_size, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------
+# Mini-batches and the training loop
+
+
+def batches(stage: Stage, step: int):
+    """Yields this process's mini-batches from `step` to the end of its epoch: ids (B,), crops
+    (B, 3, H, H), 0 to 255, and their theta (B, 2, 3).
+
+    A step has WORLD_SIZE * accum_steps parts of B images, and each process takes accum_steps of
+    them. The random generators are seeded with the number of the part before it is drawn. So the
+    crops, the ranking and drop path of a part do not depend on the process that computes it.
     """
-    return torch.Generator(DEVICE).manual_seed(random.Random(repr(key)).getrandbits(63))
+    args = stage.args
+    epoch, first = divmod(step, stage.steps)
+    torch.manual_seed(seed_of(args.seed, stage.name, epoch))
+    order = torch.randperm(stage.n)[: stage.steps * args.global_batch]
+    ids = order.view(stage.steps, WORLD_SIZE, -1)[first:, RANK].flatten()
+    crops = stage.data.crops(ids, stage.scale, stage.augment, (args.seed, stage.name, epoch))
+    for number in range(step, (epoch + 1) * stage.steps):
+        for part in range(RANK * args.accum_steps, (RANK + 1) * args.accum_steps):
+            torch.manual_seed(seed_of(args.seed, stage.name, number, part))
+            yield next(crops)
 
 
-SIGNALS = []                            # SIGTERM and Ctrl-C, since the training began
+def fit(stage: Stage):
+    """Trains a stage to its last step. Saves every --save-every epochs and when a signal comes."""
+    args, run, optimizer = stage.args, stage.run, stage.optimizer
+    if args.resume and stage.prefix is not None:
+        load_checkpoint(stage)
+    total = stage.epochs * stage.steps
+    began, mini_batches = time.time() - run["seconds"], None
+    for step in range(run["step"], total + 1):
+        epoch, step_of_epoch = divmod(step, stage.steps)
+        if step_of_epoch == 0:
+            if epoch > len(run["log"]):              # an epoch has ended and has no row yet
+                log_epoch(stage, epoch)
+            if step == total:
+                break
+            began, mini_batches = time.time(), None
+            run["loss"].zero_()
+            stage.start_epoch(epoch)                 # pretraining: new attention maps
+        if mini_batches is None:
+            mini_batches = batches(stage, step)
+            stage.model.train()
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(stage, step) * group.get("lr_scale", 1.0)
+        for part in range(args.accum_steps):
+            ids, images, theta = next(mini_batches)
+            # DDP averages the gradients over the processes in the last backward pass only.
+            no_sync = getattr(stage.parallel, "no_sync", nullcontext)
+            with nullcontext() if part + 1 == args.accum_steps else no_sync():
+                loss = stage.loss(ids, images, theta) / args.accum_steps
+                loss.backward()
+            run["loss"] += loss.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+        run["step"] = step + 1
+
+        progress(f"{stage.name}: epoch {epoch + 1} of {stage.epochs}, step "
+                 f"{step_of_epoch + 1} of {stage.steps}")
+        signal_number = all_reduce(torch.tensor(max(SIGNALS, default=0)), dist.ReduceOp.MAX).item()
+        if signal_number or step_of_epoch + 1 == stage.steps:
+            run["seconds"] = time.time() - began
+            run["loss"] = all_reduce(run["loss"]) / WORLD_SIZE
+            check_finite(stage, run["loss"])
+        if signal_number:
+            save_checkpoint(stage)
+            mini_batches.close()                     # ends the processes that decode images
+            say(f"stopped by {signal.Signals(signal_number).name} after step {step + 1} of "
+                f"{stage.name}: the same command with --resume continues")
+            sys.exit(128 + signal_number)
+
+
+def log_epoch(stage: Stage, epoch: int):
+    """Adds the epoch's row to the log, prints it, and saves when it is time."""
+    args, run = stage.args, stage.run
+    loss = run["loss"].item() / stage.steps
+    lr = learning_rate(stage, epoch * stage.steps - 1)
+    speed = stage.steps * args.global_batch / (run["seconds"] - run.get("update_seconds", 0.0))
+    row = {"epoch": str(epoch), "loss": f"{loss:.5f}", "lr": f"{lr:.3e}",
+           "images_per_second": f"{speed:.0f}", "seconds": f"{run['seconds']:.2f}"}
+    more = stage.end_epoch(epoch)
+    run["log"].append(row | more)
+    if stage.prefix is None:
+        return
+    left = sum(float(row["seconds"]) for row in run["log"]) / epoch * (stage.epochs - epoch)
+    say(f"{stage.name}: epoch {epoch} of {stage.epochs}, loss {loss:.4f}, lr {lr:.2e}, "
+        f"{speed:,.0f} images/s" + "".join(f", {k} {v}" for k, v in more.items() if v)
+        + f", {timedelta(seconds=round(left))} left")
+    due = epoch % args.save_every == 0 or epoch == stage.epochs
+    if due or stage.name == "pretraining" and stage.update_is_due(epoch):
+        save_checkpoint(stage)
+    text = "".join(",".join(row) + "\n" for row in [row | more, *map(dict.values, run["log"])])
+    write_file(args.out_dir / f"{stage.prefix}log.csv", text.encode())
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    """Linear warm-up, then half a cosine to 0."""
+    epoch = step / stage.steps
+    if epoch < stage.warmup:
+        return stage.lr * epoch / stage.warmup
+    done = (epoch - stage.warmup) / (stage.epochs - stage.warmup)
+    return stage.lr * (0.5 + 0.5 * math.cos(math.pi * done))
+
+
+def check_finite(stage: Stage, x: Tensor):
+    if not x.isfinite().all():
+        sys.exit(f"error: the loss or a weight is nan or infinite after step {stage.run['step']} "
+                 f"of {stage.name}. The last checkpoint is unharmed. Start again in another "
+                 f"--out-dir with --precision fp32 or a lower learning rate than {stage.lr:.3g}")
+
+
+def build_optimizer(model: nn.Module, beta2: float = 0.95, lr_scale=lambda name: 1.0):
+    """AdamW. Only matrices have weight decay. lr_scale(name) multiplies a parameter's rate."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decay = 0.05 if name.endswith("weight") and p.ndim > 1 else 0.0
+            group = {"params": [], "weight_decay": decay, "lr_scale": lr_scale(name)}
+            groups.setdefault((decay, lr_scale(name)), group)["params"].append(p)
+    return torch.optim.AdamW(groups.values(), betas=(0.9, beta2), fused=True)
+
+
+def wrap(args, model: nn.Module) -> nn.Module:
+    """The model as training calls it: with DistributedDataParallel and torch.compile."""
+    if WORLD_SIZE > 1:
+        model = DistributedDataParallel(
+            model, [DEVICE] if DEVICE.type == "cuda" else None, gradient_as_bucket_view=True)
+    return torch.compile(model, dynamic=False) if args.compile else model
 
 
 @contextmanager
-def signals_noted():
-    """Inside, SIGTERM and Ctrl-C do nothing but get into SIGNALS, for the end of the step."""
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    before = [signal.signal(number, lambda n, _: SIGNALS.append(n)) for number in numbers]
-    try:
+def precision(args):
+    """Autocasts to bfloat16 if --precision says so."""
+    bf16 = args.precision == "bf16"
+    attention = PlainAttention() if bf16 and DEVICE.type == "cpu" else nullcontext()
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16), attention:
         yield
-    finally:
-        list(map(signal.signal, numbers, before))
 
 
-def outlast_signals(worker: int):
-    """A loader's worker ends with its process, which may want a last batch after a signal to all:
-    to SIGTERM, which is also how a process that ends clears away its workers, it gives a while."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+class PlainAttention(TorchFunctionMode):
+    """Computes attention as two matrix products. On CPUs, the backward pass of torch's fused
+    attention in bfloat16 takes as long as the rest of a step."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            q, k, v = args
+            return (q @ k.mT / math.sqrt(q.shape[3])).softmax(dim=3) @ v
+        return function(*args, **(kwargs or {}))
 
 
 # ------------------------------------------------------------------------------------------------
-# Data
+# Linear probe and fine-tuning
 
 
-@dataclass
-class Data:
-    """Images held on the device, as bytes (n, 3, H, H)."""
-    train: Tensor
-    train_labels: Tensor    # int64, of as many of the first of these as are labelled
-    test: Tensor
-    test_labels: Tensor
-    mean: Tensor            # (3, 1, 1) of the training pixels, 0 to 255
-    std: Tensor
+class LinearProbe(Stage):
+    """A linear layer on [CLS] of the frozen encoder, after a BatchNorm without affine."""
 
-    @property
-    def classes(self) -> int:
-        return int(self.train_labels.max()) + 1
+    def __init__(self, args, data, encoder: amt.ViT, epochs: int, prefix: str | None):
+        torch.manual_seed(args.seed)
+        head = nn.Sequential(nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6),
+                             nn.Linear(encoder.embed_dim, data.classes)).to(DEVICE)
+        nn.init.trunc_normal_(head[1].weight, std=0.01)
+        nn.init.zeros_(head[1].bias)
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.0, momentum=0.9)
+        super().__init__(args, data, "probe", prefix, head, optimizer, args.probe_blr, epochs,
+                         len(data.train_labels))
+        self.parallel, self.encoder, self.encoder_checksum = head, encoder, checksum(encoder)
 
-    def shown(self, args) -> Tensor:
-        """Eight test images, 0 to 255: not the first, which may be of one class."""
-        g = torch.Generator().manual_seed(0)
-        ids = torch.randperm(len(self.test), generator=g)[:8].to(DEVICE)
-        return torch.cat([images for _, images in self.whole(args, "test", ids)])
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        self.encoder.eval()
+        with precision(self.args):
+            return self.encoder(self.data.normalise(images))[:, 0].float()   # (B, D)
+
+    def logits(self, images: Tensor) -> Tensor:
+        return self.model(self.features(images))
+
+    def loss(self, ids: Tensor, images: Tensor, theta: Tensor) -> Tensor:
+        # The processes share the work of the encoder and exchange the features. Then each trains
+        # the same head on all features. So DDP is not needed, and BatchNorm sees the whole batch.
+        features = self.features(images)
+        all_features = torch.zeros(WORLD_SIZE, *features.shape, device=DEVICE)
+        all_labels = torch.zeros(WORLD_SIZE, len(ids), dtype=torch.int64, device=DEVICE)
+        all_features[RANK], all_labels[RANK] = features, self.data.train_labels[ids]
+        logits = self.model(all_reduce(all_features).flatten(0, 1))
+        return F.cross_entropy(logits, all_reduce(all_labels).flatten())
+
+    def end_epoch(self, epoch: int) -> dict[str, str]:
+        return {"test_accuracy": accuracy(self) if epoch == self.epochs else ""}
+
+
+class Classifier(nn.Module):
+    """Logits (B, classes) of images: a linear layer on [CLS] of the encoder."""
+
+    def __init__(self, encoder: amt.ViT, classes: int):
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.embed_dim, classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images)[:, 0])
+
+
+class FineTuning(Stage):
+    """The encoder and a linear layer on [CLS], with the recipe of He et al., 2022. An untrained
+    encoder (--checkpoint none) has no layer-wise learning-rate decay."""
+
+    def __init__(self, args, data, pretrained: amt.ViT):
+        torch.manual_seed(args.seed)
+        encoder = build_encoder(args, drop_path=0.1)
+        encoder.load_state_dict(pretrained.state_dict())
+        model = Classifier(encoder, data.classes).to(DEVICE)
+        depth, decay = len(encoder.blocks), 1.0 if args.checkpoint == "none" else 0.75
+
+        def lr_scale(name: str) -> float:
+            """`decay` for each layer above: none above the head, `depth` above the first block."""
+            if name.startswith("encoder.blocks."):
+                return decay ** (depth - int(name.split(".")[2]))
+            below = name.startswith(("encoder.cls_token", "encoder.patch_embed"))
+            return decay ** (depth + 1) if below else 1.0
+
+        super().__init__(args, data, "finetune", "finetune-", model,
+                         build_optimizer(model, 0.999, lr_scale), args.finetune_blr,
+                         args.finetune_epochs, len(data.train_labels))
+        self.parallel, self.encoder_checksum = wrap(args, model), checksum(pretrained)
+        self.warmup, self.augment = self.epochs // 20, args.finetune_randaugment
+        self.mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=data.classes),
+                                    v2.CutMix(alpha=1.0, num_classes=data.classes)])
+
+    def logits(self, images: Tensor) -> Tensor:
+        with precision(self.args):
+            return self.model(self.data.normalise(images)).float()
+
+    def loss(self, ids: Tensor, images: Tensor, theta: Tensor) -> Tensor:
+        images, labels = self.mix(self.data.normalise(images), self.data.train_labels[ids])
+        with precision(self.args):
+            logits = self.parallel(images).float()
+        return F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+    def end_epoch(self, epoch: int) -> dict[str, str]:
+        return {"test_accuracy": accuracy(self)}
+
+
+@torch.no_grad()
+def accuracy(stage: LinearProbe | FineTuning) -> str:
+    """The accuracy on the test images, without random crops, in percent."""
+    stage.model.eval()
+    right = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for ids, images in stage.data.whole("test", share(len(stage.data.test))):
+        right += (stage.logits(images).argmax(dim=1) == stage.data.test_labels[ids]).sum()
+    stage.model.train()
+    return f"{100 * all_reduce(right).item() / len(stage.data.test):.2f}"
+
+
+def checksum(module: nn.Module) -> int:
+    """A checksum of a module's weights."""
+    crc = 0
+    for p in module.state_dict().values():
+        crc = zlib.crc32(p.cpu().numpy(), crc)
+    return crc
+
+
+def load_encoder(args) -> amt.ViT:
+    """The encoder of --checkpoint: a file of this script, of timm or of MAE ({"model": ...}).
+    Positions of another grid are interpolated."""
+    torch.manual_seed(args.seed)
+    encoder = build_encoder(args).to(DEVICE)
+    if args.checkpoint == "none":
+        return encoder
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):         # is in MAE's files
+            saved = torch.load(args.checkpoint, map_location=DEVICE, weights_only=True)
+        saved = saved.get("model", saved.get("state_dict", saved))
+        saved = {name.removeprefix("module.").removeprefix("encoder."): p
+                 for name, p in saved.items()}
+        saved = {name: p for name, p in saved.items()
+                 if not name.startswith(("decoder", "mask_token", "head."))}
+        cls, grid = saved["pos_embed"].tensor_split([1], dim=1)
+        if grid.shape[1] != encoder.grid_size ** 2:
+            h = amt.grid_size(grid.shape[1])
+            grid = grid.unflatten(1, (h, h)).permute(0, 3, 1, 2).float()     # (1, D, h, w)
+            grid = F.interpolate(grid, size=encoder.grid_size, mode="bicubic", antialias=True)
+            grid = grid.flatten(2).transpose(1, 2)                           # (1, N, D)
+        encoder.load_state_dict({**saved, "pos_embed": torch.cat([cls, grid], dim=1)})
+    except Exception as error:                           # torch.load raises many types
+        sys.exit(f"error: --checkpoint {args.checkpoint} does not load as a ViT of --model "
+                 f"{args.model}, --patch-size {args.patch_size} and {len(encoder.blocks)} blocks: "
+                 f"{one_line(error)}. Give a state dict of this script, timm or MAE")
+    return encoder
+
+
+# ------------------------------------------------------------------------------------------------
+# Data in memory
+
+
+class Images:
+    """A data set on the device, as bytes (n, 3, H, H). The first len(train_labels) training images
+    have labels. Mean and standard deviation are those of the training pixels."""
+
+    def __init__(self, args, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]):
+        self.args = args
+        self.fingerprint = zlib.crc32(train[0].contiguous().numpy(), zlib.crc32(train[1].numpy()))
+        size = [args.img_size, args.img_size]
+        self.train, self.test = (v2.functional.resize(images, size).to(DEVICE).contiguous()
+                                 for images, _ in (train, test))
+        self.train_labels, self.test_labels = train[1].to(DEVICE), test[1].to(DEVICE)
+        self.classes = int(self.train_labels.max()) + 1
+        some = self.train[:: 1 + self.train.numel() // 2 ** 28].float()      # at most 1 GiB
+        self.std, self.mean = (x[:, None, None] for x in torch.std_mean(some, dim=(0, 2, 3)))
 
     def normalise(self, pixels: Tensor) -> Tensor:
         return (pixels - self.mean) / self.std
 
-    def whole(self, args, split: str, ids: Tensor):
-        """Yields ids (B,) and images (B, 3, H, H), 0 to 255, of the split "train" or "test"."""
-        for some in ids.split(args.batch_size) if len(ids) else ():
-            yield some, getattr(self, split)[some].float()
+    def whole(self, split: str, ids: Tensor):
+        """Yields ids (B,) and whole images (B, 3, H, H), 0 to 255, of "train" or "test"."""
+        images = self.train if split == "train" else self.test
+        for part in ids.to(DEVICE).split(self.args.batch_size):
+            yield part, images[part].float()
 
-    def crops(self, args, scale: tuple[float, float], augment: bool, order: Tensor, mine: Tensor,
-              g: torch.Generator):
-        """Yields ids (B,), crops (B, 3, H, H), 0 to 255, and their theta (B, 2, 3), of the training
-        images order[mine]. Crops are drawn for the whole order; `augment`: RandAugment follows."""
-        theta = amt.random_crops(len(order), scale, generator=g)
-        seeds = torch.randint(2 ** 32, (len(order),), generator=g, device=DEVICE)
-        for rows in mine.split(args.batch_size):
-            ids = order[rows]
-            images = amt.crop(self.train[ids].float(), theta[rows], args.img_size, "bicubic")
-            images = images.clamp(0, 255)                        # bicubic overshoots
+    def crops(self, ids: Tensor, scale: tuple[float, float], augment: bool, key: tuple):
+        """Yields ids (B,), random crops (B, 3, H, H), 0 to 255, and their theta (B, 2, 3), drawn
+        from the global random generator. (`Files.crops` draws by `key`.)"""
+        for part in ids.to(DEVICE).split(self.args.batch_size):
+            theta = amt.random_crops(len(part), scale).to(DEVICE)
+            images = amt.crop(self.train[part].float(), theta, self.args.img_size, "bicubic")
+            images = images.clamp(0, 255)                # bicubic interpolation overshoots
             if augment:
-                images = torch.stack(list(map(rand_augment, images.round().byte(),
-                                              seeds[rows].tolist())))
-            yield ids, images.float(), theta[rows]
-
-
-def rand_augment(image: Tensor, seed: int) -> Tensor:
-    torch.manual_seed(seed)
-    return RAND_AUGMENT(image)
+                images = torch.stack([RAND_AUGMENT(image) for image in images.round().byte()])
+            yield part, images.float(), theta
 
 
 RAND_AUGMENT = v2.RandAugment()
 
 
-@dataclass
-class Files(Data):
-    """Images that stay files, decoded by --workers processes: `train` and `test` are paths."""
-    items: list = field(default_factory=list)
-    loader: DataLoader | None = None
-
-    def read(self, args, items):
-        """Yields numbers (B,), pixels (B, 3, H, H) and theta (B, 2, 3) of items for `Decoder`."""
-        if self.loader is None:
-            self.loader = DataLoader(
-                Decoder(self.train + self.test, args.img_size), args.batch_size,
-                sampler=self.items, num_workers=args.workers, worker_init_fn=outlast_signals,
-                persistent_workers=args.workers > 0, pin_memory=DEVICE.type == "cuda")
-        self.items[:], bad = items, None
-        try:
-            for batch in self.loader:
-                ids, pixels, theta = (x.to(DEVICE, non_blocking=True) for x in batch)
-                yield ids, pixels.permute(0, 3, 1, 2).float(), theta
-        except BadImage as error:
-            bad = str(error.with_traceback(None))                # that would keep the workers alive
-        if bad:
-            fail(bad.strip().rpartition("BadImage: ")[2], alone=True)    # a worker's has its stack
-
-    def whole(self, args, split: str, ids: Tensor):
-        first, view = (0, "whole") if split == "train" else (len(self.train), 0.875)
-        for some, images, _ in self.read(args, [(first + i, view, 0) for i in ids.tolist()]):
-            yield some - first, images
-
-    def crops(self, args, scale, augment, order, mine, g):
-        seeds = torch.randint(2 ** 32, (len(order),), generator=g, device=DEVICE)[mine]
-        return self.read(args, ((i, (scale, augment), seed) for i, seed in
-                                zip(order[mine].tolist(), seeds.tolist())))
-
-
-class BadImage(Exception):
-    pass
-
-
-class Decoder(Dataset):
-    """Files of images of any size and mode, as RGB bytes (H, H, 3).
-
-    An item (number, view, seed) is that image, whole ("whole": without regard to its aspect), its
-    middle square (a number: of this share of the short side), or a crop with a flip ((scale,
-    augment): drawn from the seed). With it come the number and the theta (2, 3) of what is shown
-    in the whole image.
-    """
-
-    def __init__(self, paths: list, img_size: int):
-        self.paths = np.array([os.fsencode(path) for path in paths])     # one block for all workers
-        self.img_size = img_size
-
-    def __getitem__(self, item):
-        number, view, seed = item
-        path = os.fsdecode(self.paths[number])
-        try:
-            with Image.open(path) as image:
-                return number, *self.show(image, view, seed)
-        except Exception as error:                               # Pillow raises many kinds
-            raise BadImage(f"cannot decode {path} ({reason(error)}): mend it or take it "
-                           f"away") from None
-
-    def show(self, image: Image.Image, view, seed: int) -> tuple[Tensor, Tensor]:
-        size, orientation = self.img_size, image.getexif().get(0x0112, 1)
-        W, H = image.size if orientation < 5 else image.size[::-1]           # turned by 90 degrees
-        if isinstance(view, tuple):
-            g = torch.Generator().manual_seed(seed)
-            (width, _, x), (_, height, y) = amt.random_crops(
-                1, view[0], generator=g, image_ratio=W / H)[0].tolist()
-        else:
-            side = (W, H) if view == "whole" else (view * min(W, H),) * 2
-            width, height, x, y = side[0] / W, side[1] / H, 0.0, 0.0
-        # A JPEG is decoded at 1/2, 1/4 or 1/8 if that leaves a crop of H x H pixels or more.
-        reduced = max(size / (W * abs(width)), size / (H * height))
-        image.draft(None, tuple(math.ceil(reduced * side) for side in image.size))
-        if orientation != 1:
-            image = ImageOps.exif_transpose(image)
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        W, H = image.size
-        left, right = (round((x + side + 1) / 2 * W) for side in (-abs(width), abs(width)))
-        top, bottom = (round((y + side + 1) / 2 * H) for side in (-height, height))
-        left, top = min(left, W - 1), min(top, H - 1)
-        right, bottom = max(right, left + 1), max(bottom, top + 1)           # a pixel at the least
-        flip = math.copysign(1, width)
-        theta = torch.tensor([[flip * (right - left) / W, 0, (left + right) / W - 1],
-                              [0, (bottom - top) / H, (top + bottom) / H - 1]])
-        pixels = torch.from_numpy(np.array(image.crop((left, top, right, bottom))))
-        pixels = v2.functional.resize(pixels.permute(2, 0, 1), [size, size],
-                                      v2.InterpolationMode.BICUBIC)          # antialiased
-        pixels = pixels.flip(2) if flip < 0 else pixels
-        if isinstance(view, tuple) and view[1]:
-            pixels = rand_augment(pixels, seed + 1)              # the seed itself drew the crop
-        return pixels.permute(1, 2, 0).contiguous(), theta       # as it lies in memory, for speed
-
-
-def load_data(args) -> Data:
+def load_data(args):
     if args.dataset == "shapes":
-        splits = [shapes(args.num_images, seed=1), shapes(1000, seed=2)]
-    elif args.dataset in ("cifar10", "cifar100", "stl10"):
-        splits = published(args)
-    else:
-        data, bytes_each = find_files(args), 3 * args.img_size ** 2
-        if args.dataset == "imagenet" or len(data.train + data.test) * bytes_each > 2e9:
-            return data
-        splits = decode_all(args, data)
-    size = [args.img_size, args.img_size]
-    (train, train_labels), (test, test_labels) = [
-        (v2.functional.resize(x, size).to(DEVICE), y.to(DEVICE)) for x, y in splits]
-    some = train[::1 + train.numel() // 2 ** 28]                 # all of CIFAR's, floats in 1 GiB
-    std, mean = torch.std_mean(some.float(), dim=(0, 2, 3))
-    return Data(train, train_labels, test, test_labels, mean[:, None, None], std[:, None, None])
+        return Images(args, shapes(args.num_images, seed=1), shapes(1000, seed=2))
+    if args.dataset in ("cifar10", "cifar100", "stl10"):
+        return Images(args, *download(args))
+    files = Files(args)
+    return files if args.dataset == "imagenet" else Images(args, *files.decode_all())
 
 
-def published(args) -> list[tuple[Tensor, Tensor]]:
-    """The data sets that torchvision downloads."""
-    if args.dataset == "stl10":
-        dataset, kinds = STL10, [{"split": "train+unlabeled"}, {"split": "test"}]
-    else:
-        dataset = {"cifar10": CIFAR10, "cifar100": CIFAR100}[args.dataset]
-        kinds = [{"train": True}, {"train": False}]
+def download(args) -> list[tuple[Tensor, Tensor]]:
+    """The training and test images and labels of a data set that torchvision downloads."""
+    dataset = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}[args.dataset]
+    splits = [{"train": True}, {"train": False}]
+    if dataset is STL10:
+        splits = [{"split": "train+unlabeled"}, {"split": "test"}]   # the unlabelled ones are last
     try:
         if LOCAL_RANK == 0:
             dataset(args.data_path, download=True)
-        wait()
-        splits = [dataset(args.data_path, **kind) for kind in kinds]
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        fail(f"cannot read or download {dataset.__name__} in --data-path {args.data_path} "
-             f"({error}): connect to the internet, or give the directory that holds "
-             f"{dataset.base_folder}")
-    if args.dataset == "stl10":                                  # the unlabelled ones come last
-        return [(torch.from_numpy(split.data), torch.tensor(split.labels[split.labels >= 0]).long())
-                for split in splits]
-    return [(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(),
-             torch.tensor(split.targets)) for split in splits]
-
-
-def find_files(args) -> Files:
-    """Images in train/<class>/ and val/<class>/, or in the layout of Tiny ImageNet."""
-    root = Path(args.data_path)
-    try:
-        train = ImageFolder(root / "train")
-        if args.dataset == "tiny-imagenet":                      # file, class, and a box, by tabs
-            lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
-            test = [(str(root / "val" / "images" / name), kind)
-                    for name, kind, *_ in (line.split("\t") for line in lines)]
-        else:
-            val = ImageFolder(root / "val")
-            test = [(path, val.classes[label]) for path, label in val.samples]
-        test = [(path, train.class_to_idx[kind]) for path, kind in test]
-        (train_files, train_labels), (test_files, test_labels) = (
-            zip(*split) for split in (train.samples, test))
-    except (OSError, ValueError) as error:
-        fail(f"--data-path {root} is not in the layout of --dataset {args.dataset} ({error})")
-    except KeyError as error:
-        fail(f"class {error} of {root / 'val'} is not among the {len(train.classes)} of "
-             f"{root / 'train'}: give both the same classes")
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=DEVICE) * 255
-    return Files(train_files, torch.tensor(train_labels, device=DEVICE), test_files,
-                 torch.tensor(test_labels, device=DEVICE), mean[:, None, None], std[:, None, None])
-
-
-def decode_all(args, data: Files) -> list[tuple[Tensor, Tensor]]:
-    """The middle squares of the images, pixels and labels: decoded once, to be held in memory."""
-    n = len(data.train + data.test)
-    pixels = torch.empty(n, 3, args.img_size, args.img_size, dtype=torch.uint8)
-    for ids, images, _ in data.read(args, [(i, 1.0, 0) for i in range(n)]):
-        pixels[ids.cpu()] = images.byte().cpu()
-        progress(f"decoding image {ids[-1] + 1} of {n}")
-    return list(zip(pixels.tensor_split([len(data.train)]), (data.train_labels, data.test_labels)))
+        all_reduce(torch.zeros(1))                          # the others wait for the download
+        train, test = (dataset(args.data_path, **split) for split in splits)
+    except Exception as error:                           # torchvision raises many types
+        sys.exit(f"error: cannot read or download {dataset.__name__} in --data-path "
+                 f"{args.data_path} ({one_line(error)}): connect to the internet, or give the "
+                 f"directory that holds {dataset.base_folder}")
+    if dataset is STL10:
+        return [(torch.from_numpy(x.data), torch.tensor(x.labels[x.labels >= 0]).long())
+                for x in (train, test)]
+    return [(torch.from_numpy(x.data).permute(0, 3, 1, 2), torch.tensor(x.targets))
+            for x in (train, test)]
 
 
 def shapes(n: int, seed: int) -> tuple[Tensor, Tensor]:
     """n images (n, 3, 32, 32) of textured objects on smooth backgrounds, and labels 0 to 9 (n,).
 
-    Class c has outline c mod 5 (triangle, square, hexagon, disc, flower) and, of five textures, c
-    mod 5 for the first five classes and the next one for the others: neither alone tells the class.
+    Class c has outline c mod 5 (triangle, square, hexagon, disc, flower). The first five classes
+    have texture c mod 5, the others the next one. So neither outline nor texture tells the class.
     """
     g = torch.Generator().manual_seed(seed)
 
-    def uniform(low, high, *shape):
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(n, *shape, generator=g)
 
     label = torch.arange(n) % 10
@@ -419,7 +767,7 @@ def shapes(n: int, seed: int) -> tuple[Tensor, Tensor]:
     x, y = (x * angle.cos() - y * angle.sin()) / size, (x * angle.sin() + y * angle.cos()) / size
     radius, turn = torch.hypot(x, y), torch.atan2(x, -y)                     # (n, 32, 32)
 
-    def polygon(sides):
+    def polygon(sides: int) -> Tensor:
         sector = (turn + math.pi / sides) % (2 * math.pi / sides) - math.pi / sides
         return radius * sector.cos() < math.cos(math.pi / sides)
 
@@ -437,479 +785,299 @@ def shapes(n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------
-# Training
+# Data on disk
 
 
-@contextmanager
-def precision(args):
-    """Autocast, as --precision says."""
-    bf16 = args.precision == "bf16"
-    plain = PlainAttention() if bf16 and DEVICE.type == "cpu" else nullcontext()
-    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16), plain:
-        yield
+class Files:
+    """Image files that --workers processes decode anew in each pass. It has the methods of Images.
+
+    The protocol is ImageNet's, and Images has CIFAR's. Crops come from the whole image here, and
+    there from its central square. A test image is the central square with 0.875 of the short side
+    here, and there with all of it. Mean and standard deviation are ImageNet's here.
+    """
+    normalise = Images.normalise
+
+    def __init__(self, args):
+        root, self.args = Path(args.data_path), args
+        try:
+            train = ImageFolder(root / "train")
+            if args.dataset == "tiny-imagenet":          # lines of file, class and a box
+                lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
+                fields = [line.split("\t") for line in lines]
+                test = [(str(root / "val" / "images" / name), kind) for name, kind, *_ in fields]
+            else:
+                val = ImageFolder(root / "val")
+                test = [(path, val.classes[label]) for path, label in val.samples]
+            test = [(path, train.class_to_idx[kind]) for path, kind in test]
+        except (OSError, ValueError, KeyError) as error:
+            sys.exit(f"error: --data-path {root} does not have the layout of --dataset "
+                     f"{args.dataset}, or a class of val is not in train: {one_line(error)}")
+        (self.train, train_labels), (self.test, test_labels) = zip(*train.samples), zip(*test)
+        self.train_labels = torch.tensor(train_labels, device=DEVICE)
+        self.test_labels = torch.tensor(test_labels, device=DEVICE)
+        self.classes = len(train.classes)
+        names = [f"{os.path.relpath(path, root)} {label}" for path, label in train.samples]
+        self.fingerprint = zlib.crc32(os.fsencode("\n".join(names)))
+        mean_std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=DEVICE)
+        self.mean, self.std = 255 * mean_std[:, :, None, None]
+
+    def read(self, paths: tuple, ids: Tensor, view, augment: bool = False, key: tuple = ()):
+        """Yields ids (B,), pixels (B, 3, H, H), 0 to 255, and theta (B, 2, 3) of these files."""
+        decoder = Decoder(paths, self.args.img_size, view, augment, key)
+        loader = DataLoader(decoder, self.args.batch_size, sampler=ids.tolist(),
+                            num_workers=self.args.workers, pin_memory=DEVICE.type == "cuda",
+                            generator=torch.Generator())     # else it draws from the global one
+        try:
+            for batch in loader:
+                part, pixels, theta = (x.to(DEVICE, non_blocking=True) for x in batch)
+                yield part, pixels.permute(0, 3, 1, 2).float(), theta
+        except (ValueError, RuntimeError) as error:      # a worker's own message is the last line
+            sys.exit(f"error: {str(error).splitlines()[-1].removeprefix('ValueError: ')}")
+
+    def whole(self, split: str, ids: Tensor):
+        paths, view = (self.train, "whole") if split == "train" else (self.test, 0.875)
+        for part, pixels, _ in self.read(paths, ids, view):
+            progress(f"{split} image {part[-1] + 1} of {len(paths)}")
+            yield part, pixels
+
+    def crops(self, ids: Tensor, scale: tuple[float, float], augment: bool, key: tuple):
+        return self.read(self.train, ids, scale, augment, key)
+
+    def decode_all(self) -> list[tuple[Tensor, Tensor]]:
+        """The central squares and the labels of all training and all test images, for Images."""
+        splits, size = [], self.args.img_size
+        for paths, labels in [(self.train, self.train_labels), (self.test, self.test_labels)]:
+            images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+            for ids, pixels, _ in self.read(paths, torch.arange(len(paths)), 1.0):
+                images[ids.cpu()] = pixels.byte().cpu()
+                progress(f"decoded image {ids[-1] + 1} of {len(paths)}")
+            splits.append((images, labels.cpu()))
+        return splits
 
 
-class PlainAttention(TorchFunctionMode):
-    """Inside, attention is by plain products, which autocast knows: on CPUs, the backward pass of
-    torch's fused bfloat16 attention takes as long as the rest of a step."""
+class Decoder(Dataset):
+    """Decodes image files of any size. Item i is (i, RGB bytes (H, H, 3), theta (2, 3)).
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
-            q, k, v = args
-            return (q @ k.mT / math.sqrt(q.shape[3])).softmax(dim=3) @ v
-        return function(*args, **(kwargs or {}))
+    `view` says what part of the image is shown, and theta says where this part lies. "whole" is
+    all of it, whatever its aspect ratio. A number is the central square with this fraction of the
+    short side. A pair is a random crop with an area in this range; its random numbers follow from
+    `key` and i.
+    """
 
+    def __init__(self, paths: tuple, img_size: int, view, augment: bool, key: tuple):
+        self.paths = np.array([os.fsencode(path) for path in paths])     # shared with the workers
+        self.img_size, self.view, self.augment, self.key = img_size, view, augment, key
 
-def build_encoder(args, **kwargs) -> amt.ViT:
-    torch.manual_seed(args.seed)
-    if args.depth:
-        kwargs["depth"] = args.depth
-    return VITS[args.model](img_size=args.img_size, patch_size=args.patch_size, **kwargs)
+    def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor]:
+        path = os.fsdecode(self.paths[i])
+        try:
+            with Image.open(path) as image:
+                pixels, theta = self.show(image, i)
+        except Exception as error:                       # Pillow raises many types
+            raise ValueError(f"cannot decode {path} ({one_line(error)}): repair the file, or "
+                             f"remove it and start a new run") from None
+        if self.augment:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed_of(self.key, i, "augment"))
+                pixels = RAND_AUGMENT(pixels)
+        return i, pixels.permute(1, 2, 0).contiguous(), theta    # Pillow's layout copies fastest
 
-
-def build_optimizer(model: nn.Module, beta2: float = 0.95,
-                    lr_scale: Callable[[str], float] = lambda name: 1.0) -> torch.optim.Optimizer:
-    """AdamW; weight decay is for matrices, and lr_scale(name) a factor of a parameter's lr."""
-    groups = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            decay = 0.05 if name.endswith("weight") and p.ndim > 1 else 0.0
-            scale = lr_scale(name)
-            group = {"params": [], "weight_decay": decay, "lr_scale": scale}
-            groups.setdefault((decay, scale), group)["params"].append(p)
-    return torch.optim.AdamW(groups.values(), betas=(0.9, beta2), fused=True)
-
-
-def wrap(args, model: nn.Module) -> nn.Module:
-    if WORLD_SIZE > 1:
-        model = DistributedDataParallel(
-            model, device_ids=[DEVICE] if DEVICE.type == "cuda" else None,
-            process_group=all_sum.group, gradient_as_bucket_view=True)
-    return torch.compile(model, dynamic=False) if args.compile else model
-
-
-def set_lr(optimizer, peak: float, epoch: float, epochs: int, warmup: int = 0):
-    """Linear warm-up, then half a cosine to 0; `epoch` is the number of epochs done, a fraction."""
-    lr = peak * (epoch / warmup if epoch < warmup else
-                 0.5 + 0.5 * math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
-
-
-class Stage:
-    """What `fit` trains on the first n training images: a model by an optimizer. These and `run`
-    are all that a checkpoint holds. `prefix` begins the names of its files; None: it has none."""
-    scale, augment, warmup = (0.2, 1.0), False, 0        # of the crops; RandAugment; epochs
-    columns = ["epoch", "loss", "lr", "images_per_second", "seconds"]            # of the log
-
-    def __init__(self, args, data: Data, name: str, prefix: str | None, model: nn.Module,
-                 optimizer, blr: float, epochs: int, n: int):
-        self.args, self.data, self.name, self.prefix, self.n = args, data, name, prefix, n
-        self.model, self.optimizer, self.epochs = model, optimizer, epochs
-        self.parallel, self.lr = model, blr * args.global_batch / 256
-        self.run = {"epoch": 0, "step": 0, "losses": None, "seconds": 0.0, "epoch_began": 0.0,
-                    "log": []}
-
-    def loss(self, ids: Tensor, images: Tensor, theta: Tensor, rows: slice,
-             g: torch.Generator) -> Tensor:
-        """The mean loss of crops (B, 3, H, H), 0 to 255, of the training images ids (B,), which are
-        `rows` of the batch of all processes; g draws for all of that."""
-        raise NotImplementedError
-
-    def start_epoch(self):
-        pass
-
-    def end_epoch(self) -> dict[str, str]:
-        """Further columns of the log."""
-        return {}
-
-
-def fit(stage: Stage):
-    """Trains a stage to its last epoch, with --resume from where its checkpoint left it."""
-    args, data, run, optimizer = stage.args, stage.data, stage.run, stage.optimizer
-    steps = stage.n // args.global_batch
-    if args.resume and stage.prefix is not None:
-        load_checkpoint(stage)
-    write_log(stage)
-    started = time.time() - run["seconds"]
-    with signals_noted():
-        for epoch in range(run["epoch"], stage.epochs):
-            if run["step"] == 0:
-                run["epoch_began"] = time.time() - started
-                run["losses"] = torch.zeros(steps, device=DEVICE)
-                stage.start_epoch()
-            stage.model.train()
-            g = generator(args.seed, stage.name, epoch)
-            order = torch.randperm(stage.n, generator=g, device=DEVICE)
-            # A step takes --accum-steps batches of each process, the first process's rows first.
-            rows = torch.arange(steps * args.global_batch, device=DEVICE)
-            mine = rows.view(steps, WORLD_SIZE, -1)[run["step"]:, RANK].flatten()
-            crops = data.crops(args, stage.scale, stage.augment, order, mine, g)
-            for step in range(run["step"], steps):
-                set_lr(optimizer, stage.lr, epoch + step / steps, stage.epochs, stage.warmup)
-                optimizer.zero_grad()
-                for i in range(args.accum_steps):
-                    first = (RANK * args.accum_steps + i) * args.batch_size
-                    batch = next(crops)
-                    g = generator(args.seed, stage.name, epoch, step)
-                    torch.manual_seed(g.initial_seed() + first)  # for mixing and drop path
-                    # Only the last backward pass sums the gradients over the processes.
-                    no_sync = getattr(stage.parallel, "no_sync", nullcontext)
-                    with no_sync() if i + 1 < args.accum_steps else nullcontext():
-                        loss = stage.loss(*batch, slice(first, first + args.batch_size), g)
-                        (loss / args.accum_steps).backward()
-                    run["losses"][step] += loss.detach() / args.accum_steps
-                optimizer.step()
-                run["step"] = step + 1
-                look = progress(f"{stage.name} epoch {epoch + 1}/{stage.epochs}  step {step + 1}"
-                                f"/{steps}")
-                bad = look and not run["losses"].isfinite().all()
-                stopped, bad = agree(len(SIGNALS) > 0, bad)
-                if stopped or bad:
-                    break
-            losses = all_sum(run["losses"].clone()) / WORLD_SIZE
-            check_finite(stage, losses, epoch)                   # waits for a GPU to be done
-            run["seconds"] = time.time() - started
-            if run["step"] < steps or agree(len(SIGNALS) > 0)[0]:
-                stop(stage)
-            columns = stage.end_epoch()
-            started = time.time() - run["seconds"]               # that was not time of training
-            seconds = run["seconds"] - run["epoch_began"]
-            speed = steps * args.global_batch / (seconds - float(columns.get("update_seconds", 0)))
-            loss, lr = losses.mean().item(), max(group["lr"] for group in optimizer.param_groups)
-            run["log"].append([str(epoch + 1), f"{loss:.5f}", f"{lr:.3e}", f"{speed:.0f}",
-                               f"{seconds:.2f}", *columns.values()])
-            run.update(epoch=epoch + 1, step=0)
-            write_log(stage)
-            left = run["seconds"] / (epoch + 1) * (stage.epochs - epoch - 1)
-            more = "".join(f"  {k} {value}" for k, value in columns.items() if float(value or 0))
-            say(f"{stage.name} epoch {epoch + 1}/{stage.epochs}  loss {loss:.4f}  lr {lr:.2e}"
-                f"  {speed:,.0f} images/s  {clock(left)} left{more}")
-            if (epoch + 1) % args.save_every == 0 or epoch + 1 == stage.epochs:
-                save_checkpoint(stage)
-
-
-def stop(stage: Stage):
-    """Saves and ends the program, as a signal to some process wants it."""
-    save_checkpoint(stage)
-    number = signal.Signals(SIGNALS[0] if SIGNALS else signal.SIGTERM)
-    say(f"stopped by {number.name} in {stage.name}, epoch {stage.run['epoch'] + 1}, after step "
-        f"{stage.run['step']}: the same command with --resume goes on from there")
-    sys.exit(128 + number)
-
-
-def check_finite(stage: Stage, losses: Tensor, epoch: int):
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        step = bad[0].item()
-        fail(f"the loss is {losses[step].item()} in epoch {epoch + 1}, step {step + 1} of "
-             f"{stage.name}: start again in another --out-dir with a lower learning rate (its peak "
-             f"was {stage.lr:.3g}; see --blr, --probe-blr, --finetune-blr) or in fp32. The last "
-             f"checkpoint in {stage.args.out_dir} is unharmed")
+    def show(self, image: Image.Image, i: int) -> tuple[Tensor, Tensor]:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"mode {image.mode} has more than 8 bits a channel: convert it")
+        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)     # by 90 degrees, says EXIF
+        W, H = image.size[::-1] if turned else image.size
+        if isinstance(self.view, tuple):
+            g = torch.Generator().manual_seed(seed_of(self.key, i))
+            theta = amt.random_crops(1, self.view, generator=g, image_ratio=W / H)[0]
+            (width, _, x), (_, height, y) = theta.tolist()
+        else:
+            side = (W, H) if self.view == "whole" else (self.view * min(W, H),) * 2
+            width, height, x, y = side[0] / W, side[1] / H, 0.0, 0.0
+        flip, width, size = width < 0, abs(width), self.img_size
+        # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop still has enough pixels.
+        reduced = max(size / (W * width), size / (H * height))
+        image.draft(None, tuple(math.ceil(reduced * side) for side in image.size))
+        if turned or image.getexif().get(0x0112):
+            image = ImageOps.exif_transpose(image)
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        W, H = image.size                                # the crop gets whole pixels, at least one
+        left = min(round((x - width + 1) / 2 * W), W - 1)
+        top = min(round((y - height + 1) / 2 * H), H - 1)
+        right = max(round((x + width + 1) / 2 * W), left + 1)
+        bottom = max(round((y + height + 1) / 2 * H), top + 1)
+        theta = torch.tensor([[(right - left) / W * (-1 if flip else 1), 0, (left + right) / W - 1],
+                              [0, (bottom - top) / H, (top + bottom) / H - 1]])
+        pixels = torch.from_numpy(np.array(image.crop((left, top, right, bottom))))
+        pixels = v2.functional.resize(pixels.permute(2, 0, 1), [size, size],
+                                      v2.InterpolationMode.BICUBIC)          # antialiased
+        return pixels.flip(2) if flip else pixels, theta
 
 
 # ------------------------------------------------------------------------------------------------
-# Pretraining
+# Checkpoints
 
 
-def build_model(args) -> nn.Module:
-    encoder = build_encoder(args)
-    if args.method != "mae":
-        return amt.SimMIM(encoder, "hog" if args.method == "maskfeat" else "pixels")
-    return amt.MAE(encoder, args.decoder_embed_dim, args.decoder_depth,
-                   args.decoder_embed_dim // 32, norm_pix_loss=True)
-
-
-def policy(args, updated: bool) -> tuple[Callable, tuple[float, float]]:
-    """The strategy and its ratios: what goes by attention is random until there are maps of it."""
-    if args.masking in BY_ATTENTION and not updated:
-        return amt.STRATEGIES["random"], METHODS[args.method].random
-    return amt.STRATEGIES[args.masking], (args.mask_ratio, args.throw_ratio)
-
-
-def split(args, ranking: Tensor, ratios: tuple[float, float]) -> list[Tensor]:
-    """The patches masked, thrown and visible, by a ranking of units."""
-    return [amt.expand_units(units, args.img_size // args.patch_size, args.mask_unit)
-            for units in amt.mask_and_throw(ranking, *ratios, args.throw)]
-
-
-def update_maps(args, encoder: amt.ViT, data: Data) -> Tensor | None:
-    """The masking weights (n, h, w), float16, of all training images, whole, of which each process
-    finds its share; None: a signal came."""
-    h = encoder.grid_size
-    maps = torch.zeros(len(data.train), h, h, dtype=torch.float16, device=DEVICE)
-    mine = share(len(maps))
-    for i, (ids, images) in enumerate(data.whole(args, "train", mine)):
-        if SIGNALS:
-            break
-        with precision(args):
-            maps[ids] = amt.masking_weights(encoder, data.normalise(images)).half()
-        progress(f"new attention maps: {i * args.batch_size} of {len(mine)} images")
-    wait()
-    (stopped,) = agree(len(SIGNALS) > 0)
-    return None if stopped else all_sum(maps)                    # 0 here: another process's
-
-
-class Pretraining(Stage):
-    columns = [*Stage.columns, "update_seconds", "probe_accuracy"]
-
-    def __init__(self, args, data: Data):
-        model = build_model(args).to(DEVICE)
-        super().__init__(args, data, "pretraining", "", model, build_optimizer(model), args.blr,
-                         args.epochs, len(data.train))
-        self.parallel, self.warmup = wrap(args, model), args.warmup_epochs
-        self.scale = METHODS[args.method].scale
-        self.run |= {"maps": None, "snapshots": [], "update_seconds": 0.0}
-
-    def start_epoch(self):
-        args, run, started = self.args, self.run, time.time()
-        run["update_seconds"] = 0.0
-        due = run["epoch"] and run["epoch"] % args.update_interval == 0
-        if due and args.masking in BY_ATTENTION:
-            maps = update_maps(args, self.model.encoder, self.data)
-            if maps is None:
-                stop(self)
-            run["maps"] = maps
-            shown = self.data.shown(args)
-            run["snapshots"].append(
-                amt.masking_weights(self.model.encoder, self.data.normalise(shown)))
-            if RANK == 0:                                        # what [CLS] attends to (Fig. 2)
-                rows = [shown / 255, *map(heat, run["snapshots"])]
-                save_grid(rows, args.out_dir / "attention.png")
-            run["update_seconds"] = time.time() - started
-
-    def rank(self, ids: Tensor, theta: Tensor, rows: slice, g: torch.Generator) -> Tensor:
-        """A ranking (B, N) of the units of these crops."""
-        args, maps = self.args, self.run["maps"]
-        weights = torch.ones(args.global_batch, args.num_units, device=DEVICE)
-        if maps is not None:
-            unit = args.mask_unit * args.patch_size              # in pixels
-            weights[rows] = amt.crop_weights(maps[ids].float(), theta, args.img_size, unit)
-        strategy, _ = policy(args, maps is not None)
-        return strategy(weights, g)[rows]
-
-    def loss(self, ids, images, theta, rows, g):
-        _, ratios = policy(self.args, self.run["maps"] is not None)
-        masked, _, visible = split(self.args, self.rank(ids, theta, rows, g), ratios)
-        with precision(self.args):
-            return self.parallel(self.data.normalise(images), visible, masked)[0]
-
-    def end_epoch(self):
-        accuracy = ""
-        if self.args.probe_every and (self.run["epoch"] + 1) % self.args.probe_every == 0:
-            save_checkpoint(self)                                # the probe may be stopped
-            probe = LinearProbe(self.args, self.data, self.model.encoder, short=True)
-            fit(probe)
-            accuracy = f"{probe.accuracy():.2f}"
-        return {"update_seconds": f"{self.run['update_seconds']:.2f}", "probe_accuracy": accuracy}
-
-
-# ------------------------------------------------------------------------------------------------
-# Linear probe and fine-tuning
-
-
-class Classification(Stage):
-    """Has logits(images) of normalised images."""
-
-    @torch.no_grad()
-    def accuracy(self) -> float:
-        """Of all test images, whole, in percent."""
-        self.model.eval()
-        data, right = self.data, torch.zeros((), dtype=torch.int64, device=DEVICE)
-        for ids, images in data.whole(self.args, "test", share(len(data.test))):
-            predicted = self.logits(data.normalise(images)).argmax(dim=1)
-            right += (predicted == data.test_labels[ids]).sum()
-        wait()
-        return 100 * all_sum(right).item() / len(data.test)
-
-
-class LinearProbe(Classification):
-    """A linear layer on the frozen [CLS]; `short`: for a tenth of the epochs."""
-
-    def __init__(self, args, data: Data, encoder: amt.ViT, short: bool = False):
-        torch.manual_seed(args.seed)
-        head = nn.Sequential(nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6),
-                             nn.Linear(encoder.embed_dim, data.classes)).to(DEVICE)
-        nn.init.trunc_normal_(head[1].weight, std=0.01)
-        nn.init.zeros_(head[1].bias)
-        epochs = max(1, args.probe_epochs // 10) if short else args.probe_epochs
-        optimizer = torch.optim.SGD(head.parameters(), lr=0.0, momentum=0.9)
-        super().__init__(args, data, "probe", None if short else "probe-", head, optimizer,
-                         args.probe_blr, epochs, len(data.train_labels))
-        self.encoder = encoder
-
-    @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        self.encoder.eval()
-        with precision(self.args):
-            return self.encoder(images)[:, 0].float()                        # (B, D)
-
-    def logits(self, images):
-        return self.model(self.features(images))
-
-    def loss(self, ids, images, theta, rows, g):
-        # The processes divide the encoder's work and share its features; then each trains the
-        # same head on all of them. BatchNorm sees all of these, no gradient is exchanged.
-        features = self.features(self.data.normalise(images))
-        shared = torch.zeros(WORLD_SIZE, *features.shape, device=DEVICE)
-        labels = torch.zeros(WORLD_SIZE, len(ids), dtype=torch.int64, device=DEVICE)
-        shared[RANK], labels[RANK] = features, self.data.train_labels[ids]
-        return F.cross_entropy(self.model(all_sum(shared).flatten(0, 1)), all_sum(labels).flatten())
-
-
-class Classifier(nn.Module):
-    """Logits (B, classes) of images: a linear layer on the encoder's [CLS]."""
-
-    def __init__(self, encoder: amt.ViT, classes: int):
-        super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(encoder.embed_dim, classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.encoder(images)[:, 0])
-
-
-class FineTuning(Classification):
-    """The whole encoder with a linear layer on [CLS], by the recipe of He et al., 2022; from
-    scratch without their layer-wise decay of the learning rate."""
-
-    def __init__(self, args, data: Data, pretrained: amt.ViT):
-        encoder = build_encoder(args, drop_path=0.1)
-        encoder.load_state_dict(pretrained.state_dict())
-        model = Classifier(encoder, data.classes).to(DEVICE)
-        depth, decay = len(encoder.blocks), 1.0 if args.checkpoint == "none" else 0.75
-
-        def lr_scale(name: str) -> float:
-            part, *rest = name.removeprefix("encoder.").split(".")
-            layer = {"cls_token": 0, "patch_embed": 0, "norm": depth + 1, "head": depth + 1}
-            return decay ** (depth + 1 - (int(rest[0]) + 1 if part == "blocks" else layer[part]))
-
-        super().__init__(args, data, "fine-tuning", "finetune-", model,
-                         build_optimizer(model, 0.999, lr_scale), args.finetune_blr,
-                         args.finetune_epochs, len(data.train_labels))
-        self.parallel, self.warmup = wrap(args, model), self.epochs // 20
-        self.augment = args.randaugment
-        self.mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=data.classes),
-                                    v2.CutMix(alpha=1.0, num_classes=data.classes)])
-
-    def logits(self, images):
-        with precision(self.args):
-            return self.model(images).float()
-
-    def loss(self, ids, images, theta, rows, g):
-        images, labels = self.mix(self.data.normalise(images), self.data.train_labels[ids])
-        with precision(self.args):
-            logits = self.parallel(images).float()
-        return F.cross_entropy(logits, labels, label_smoothing=0.1)
-
-
-def load_encoder(args, path: str) -> amt.ViT:
-    """The encoder in a state dict of this script, of timm, or of He et al. ({"model": ...}), with
-    its positions interpolated to this grid; "none": a fresh one."""
-    encoder = build_encoder(args).to(DEVICE)
-    if path == "none":
-        return encoder
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):         # in He et al.'s files
-            saved = torch.load(path, map_location=DEVICE, weights_only=True)
-        saved = {name.removeprefix("encoder."): p for name, p in saved.get("model", saved).items()
-                 if not name.startswith(("decoder", "mask_token", "head."))}
-        cls, grid = saved["pos_embed"].split([1, saved["pos_embed"].shape[1] - 1], dim=1)
-        if grid.shape[1] != encoder.grid_size ** 2:
-            grid = grid.unflatten(1, (amt.grid_side(grid.shape[1]), -1)).permute(0, 3, 1, 2)
-            grid = F.interpolate(grid.float(), size=encoder.grid_size, mode="bicubic",
-                                 antialias=True).flatten(2).transpose(1, 2)
-        encoder.load_state_dict({**saved, "pos_embed": torch.cat([cls, grid], dim=1)})
-    except Exception as error:                                   # torch.load raises many kinds
-        fail(f"--checkpoint {path} is not a state dict of a ViT, of this script, timm or He et "
-             f"al., that fits --model {args.model}, --patch-size {args.patch_size} and, see "
-             f"--depth, {len(encoder.blocks)} blocks ({' '.join(str(error).split())})")
-    return encoder
-
-
-# ------------------------------------------------------------------------------------------------
-# Files
-
-
-def write_file(path: Path, write: Callable):
-    """Writes beside `path`, then renames: whatever happens, `path` is the old file or the new."""
+def write_file(path: Path, content):
+    """Writes a file beside `path`, then renames it: `path` is always the old or the new file."""
+    if RANK != 0:
+        return
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        with suppress(OSError):
-            part.unlink()
-        fail(f"cannot write {path} ({error}): make room, or give another --out-dir. What was there "
-             f"is unharmed")
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        sys.exit(f"error: cannot write {path} ({error}): free some space, or give another "
+                 f"--out-dir. The old file is unharmed")
 
 
-ALL = ["dataset", "num_images", "img_size", "model", "depth", "patch_size", "global_batch", "seed",
-       "precision"]
-SETTINGS = {  # that a stage keeps when it is resumed
-    "pretraining": [*ALL, "method", "decoder_embed_dim", "decoder_depth", "masking", "mask_ratio",
-                    "throw_ratio", "throw", "mask_unit", "update_interval", "epochs",
-                    "warmup_epochs", "blr"],
-    "probe": [*ALL, "checkpoint", "probe_epochs", "probe_blr"],
-    "fine-tuning": [*ALL, "checkpoint", "finetune_epochs", "finetune_blr", "randaugment"],
-}
+def serialise(content) -> memoryview:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
+
+
+def settings(stage: Stage) -> dict:
+    """What a resumed run must share with its checkpoint: flags, images, and the encoder that a
+    probe or a fine-tuning starts from. The flags of the stages after it may change."""
+    free = ["data_path", "out_dir", "resume", "save_every", "workers", "accum_steps", "checkpoint",
+            "compile", "benchmark"]
+    flags = {name: value for name, value in vars(stage.args).items() if name not in free
+             and (name.startswith(stage.name) or not name.startswith(("probe_", "finetune_")))}
+    return flags | {"training images": stage.data.fingerprint, "encoder": stage.encoder_checksum}
 
 
 def save_checkpoint(stage: Stage):
-    losses = all_sum(stage.run["losses"].clone()) / WORLD_SIZE   # each process has its own
-    if RANK == 0 and stage.prefix is not None:
-        out_dir, settings = stage.args.out_dir, SETTINGS[stage.name]
-        checkpoint = {
-            "model": stage.model.state_dict(), "optimizer": stage.optimizer.state_dict(),
-            "settings": {name: getattr(stage.args, name) for name in settings}, **stage.run,
-            "losses": losses}
+    for p in stage.model.parameters():
+        check_finite(stage, p)
+    if stage.prefix is not None:
         if stage.name == "pretraining":
             encoder = stage.model.encoder.state_dict()
-            write_file(out_dir / "encoder.pth", lambda file: torch.save(encoder, file))
-        path = out_dir / f"{stage.prefix}checkpoint.pth"
-        write_file(path, lambda file: torch.save(checkpoint, file))
-    wait()
+            write_file(stage.args.out_dir / "encoder.pth", serialise(encoder))
+        content = {"model": stage.model.state_dict(), "optimizer": stage.optimizer.state_dict(),
+                   "settings": settings(stage), "run": stage.run}
+        write_file(stage.args.out_dir / f"{stage.prefix}checkpoint.pth", serialise(content))
 
 
 def load_checkpoint(stage: Stage):
-    args, path = stage.args, stage.args.out_dir / f"{stage.prefix}checkpoint.pth"
-    if path.exists():
-        try:
-            run = torch.load(path, map_location=DEVICE, weights_only=True)
-            model, optimizer, settings = (run.pop(k) for k in ("model", "optimizer", "settings"))
-            if run.keys() != stage.run.keys():
-                raise ValueError("of another version")
-        except Exception as error:                               # torch.load raises many kinds
-            fail(f"{path} is damaged or not a checkpoint of this script ({reason(error)}): give "
-                 f"another --out-dir")
-        differ = [f"{name} {settings.get(name)} (now {getattr(args, name)})"
-                  for name in SETTINGS[stage.name] if settings.get(name) != getattr(args, name)]
+    path = stage.args.out_dir / f"{stage.prefix}checkpoint.pth"
+    try:
+        with zipfile.ZipFile(path) as file:              # torch.load does not check the CRCs
+            if file.testzip():
+                raise ValueError("a checksum is wrong")
+        saved = torch.load(path, map_location=DEVICE, weights_only=True)
+        now, then = settings(stage), saved["settings"]
+        differ = [f"{k} {then.get(k)} (now {now[k]})" for k in now if then.get(k) != now[k]]
         if differ:
-            fail(f"{path} was made with other settings: {', '.join(differ)}. Resume with those, or "
-                 f"give another --out-dir")
-        stage.model.load_state_dict(model)
-        stage.optimizer.load_state_dict(optimizer)
-        stage.run.update(run)
-    wait()
-    epoch, step = stage.run["epoch"], stage.run["step"]
-    if all_sum(torch.tensor([epoch, step])).tolist() != [WORLD_SIZE * epoch, WORLD_SIZE * step]:
-        fail(f"the processes found different checkpoints: --out-dir {args.out_dir} must be one "
-             f"directory for all nodes")
-    say(f"resuming {path} after epoch {epoch}" + f", step {step}" * (step > 0) if path.exists() else
-        f"{path} does not exist yet: {stage.name} starts from the beginning")
+            sys.exit(f"error: {path} was made with other settings: {', '.join(differ)}. Resume "
+                     f"with the old ones, or give another --out-dir")
+        if not 0 <= saved["run"]["step"] <= stage.epochs * stage.steps:
+            raise ValueError(f"the run has no step {saved['run']['step']}")
+        stage.model.load_state_dict(saved["model"])
+        stage.optimizer.load_state_dict(saved["optimizer"])
+        stage.run.update({name: saved["run"][name] for name in stage.run})
+        say(f"{stage.name} resumes after step {stage.run['step']} from {path}")
+    except FileNotFoundError:
+        say(f"{path} does not exist yet: {stage.name} starts from the beginning")
+    except Exception as error:                           # torch.load raises many types
+        sys.exit(f"error: {path} is damaged or not a checkpoint of this script "
+                 f"({one_line(error)}): give another --out-dir")
+    check_same(f"steps in {path}", stage.run["step"])
 
 
-def write_log(stage: Stage):
-    """A row an epoch that the run has: none that came after the checkpoint it goes on from."""
-    if RANK == 0 and stage.prefix is not None:
-        rows = [stage.columns, *stage.run["log"]]
-        text = "".join(",".join(row) + "\n" for row in rows)
-        path = stage.args.out_dir / f"{stage.prefix}log.csv"
-        write_file(path, lambda file: file.write(text.encode()))
+# ------------------------------------------------------------------------------------------------
+# Processes, signals, printed lines
+
+
+def all_reduce(x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
+    """Sums x over the processes, in place."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(x, op)
+    return x
+
+
+def share(n: int) -> Tensor:
+    """The part of 0 ... n-1 that this process takes."""
+    return torch.arange(n).tensor_split(WORLD_SIZE)[RANK]
+
+
+def check_same(what: str, value):
+    """Ends the run if a value differs between the processes."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(values, value)
+    if len(set(values)) > 1:
+        sys.exit(f"error: the processes differ in their {what}: {values}. Give all nodes the same "
+                 f"--data-path and --out-dir")
+
+
+def seed_of(*key) -> int:
+    return random.Random(repr(key)).getrandbits(63)
+
+
+def open_out_dir(args):
+    """Makes --out-dir, and returns a locked file in it, to be kept open against a second run."""
+    try:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        for path in args.out_dir.glob("*checkpoint.pth"):
+            if not args.resume:
+                sys.exit(f"error: {path} belongs to an earlier run: continue it with --resume, or "
+                         f"give another --out-dir")
+        lock = open(args.out_dir / ".lock", "w")
+        if RANK == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: another run is writing to {args.out_dir}: give another --out-dir")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: cannot write to --out-dir {args.out_dir} ({error}): give another one")
+    return lock
+
+
+SIGNALS = []                            # the signals that came
+
+
+def note_signals():
+    """From now on `fit` stops after the step in which a signal comes. A second signal kills."""
+    def note(number, frame):
+        SIGNALS.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:       # nohup ignores SIGHUP
+            signal.signal(number, note)
+
+
+def say(text: str, end: str = "\n"):
+    """Prints on rank 0. A terminal or a pipe that is closed does not end the run."""
+    if RANK == 0:
+        with suppress(OSError, UnicodeError):
+            print(("\r\x1b[K" if TERMINAL else "") + text, end=end, flush=True)
+
+
+def progress(text: str):
+    """Prints a line: on a terminal every second, over the last one, and elsewhere every minute."""
+    if time.time() - progress.last >= (1 if TERMINAL else 60):
+        progress.last = time.time()
+        say(text, end="" if TERMINAL else "\n")
+
+
+progress.last = time.time()
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def keep_freed_memory():
+    """Makes glibc keep freed blocks. On a CPU, new ones cost up to a quarter of a step."""
+    with suppress(OSError, AttributeError, TypeError):   # another C library
+        ctypes.CDLL(None).mallopt(-4, 0)                 # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)       # M_TRIM_THRESHOLD
 
 
 # ------------------------------------------------------------------------------------------------
@@ -917,43 +1085,45 @@ def write_log(stage: Stage):
 
 
 def save_grid(rows: list[Tensor], path: Path):
-    """Rows of pictures (8, 3, H, W) in [0, 1]."""
+    """Saves rows of pictures (8, 3, H, W) in [0, 1] as a PNG file."""
     images = torch.cat([F.interpolate(row, size=128, mode="nearest") for row in rows])
-    write_file(path, lambda file: save_image(images, file, format="png", nrow=len(rows[0]),
-                                             padding=4, pad_value=1.0))
+    file = io.BytesIO()
+    save_image(images, file, format="png", nrow=len(rows[0]), padding=4, pad_value=1.0)
+    write_file(path, file.getvalue())
 
 
 def heat(maps: Tensor) -> Tensor:
-    """Maps (B, h, w) in [0, 1] in colours (B, 3, h, w): black, red, yellow, white."""
+    """Colours (B, 3, h, w) of maps (B, h, w) in [0, 1]: black, red, yellow, white."""
     return torch.stack([3 * maps, 3 * maps - 1, 3 * maps - 2], dim=1).clamp(0, 1)
 
 
 @torch.no_grad()
 def save_masking(stage: Pretraining):
-    """masking.png: eight test images, their attention, what is masked (grey) and thrown (black),
-    and, where pixels are predicted, the reconstruction; MAE's predictions, which are normalised
-    patch by patch, get each patch's mean and contrast back."""
+    """masking.png: test images, attention, masked (grey) and thrown (black) patches, predictions.
+
+    MAE predicts normalised patches. They are shown with the mean and contrast of the true patch.
+    MaskFeat predicts no pixels, so it has no row of predictions.
+    """
     args, data, model, p = stage.args, stage.data, stage.model, stage.args.patch_size
-    shown = data.shown(args) / 255
+    shown = stage.shown() / 255
     images = data.normalise(255 * shown)
     maps = amt.masking_weights(model.encoder, images)
-    weights = amt.patchify(maps[:, None], args.mask_unit).sum(dim=2)         # (8, N)
-    strategy, _ = policy(args, stage.run["maps"] is not None)
-    ranking = strategy(weights, generator(args.seed, "picture"))
-    masked, thrown, visible = split(args, ranking, (args.mask_ratio, args.throw_ratio))
-    _, pred = model(images, visible, masked)
-
+    torch.manual_seed(args.seed)
+    masked, thrown, visible = stage.choose(
+        amt.patchify(reweight(maps, args.weights)[:, None], args.mask_unit).sum(dim=2))
+    model.eval()
+    _, pred = model(images, visible=visible, masked=masked)
     if args.method == "mae":
         target = amt.select(amt.patchify(images, p), masked)
         pred = pred * target.std(dim=2, keepdim=True) + target.mean(dim=2, keepdim=True)
-    std, mean = (x.flatten().repeat(p * p) / 255 for x in (data.std, data.mean))     # (p*p*3)
 
-    def paint(patches, ids, colours):
+    def paint(patches: Tensor, ids: Tensor, colours) -> Tensor:
         return patches.scatter(1, ids[:, :, None].expand(-1, -1, patches.shape[2]), colours)
 
     patches = paint(amt.patchify(shown, p), thrown, 0.0)
     rows = [shown, heat(maps), amt.unpatchify(paint(patches, masked, 0.5), p)]
     if args.method != "maskfeat":
+        std, mean = (x.flatten().repeat(p * p) / 255 for x in (data.std, data.mean))
         predicted = paint(patches, masked, (pred * std + mean).clamp(0, 1))
         rows.append(amt.unpatchify(predicted, p))
     save_grid(rows, args.out_dir / "masking.png")
@@ -963,325 +1133,57 @@ def save_masking(stage: Pretraining):
 # Benchmark
 
 
-TITLES = """\
-                GFLOP an image                       of random's             of the  not the
-                encoder decoder       step  images/s  time GFLOP    memory   matmul    model"""
-
-
 def benchmark(args):
-    """Prints what a step costs by random masking and by AMT, taken in turn, and an update."""
-    g, n, method = generator(args.seed, "benchmark"), args.batch_size, METHODS[args.method]
-    images = torch.randint(256, (n, 3, args.img_size, args.img_size), dtype=torch.uint8,
-                           generator=g, device=DEVICE)
-    labels, (mean, std) = images[:, 0, 0, 0].long(), torch.full((2, 3, 1, 1), 127.5, device=DEVICE)
-    data = Data(images, labels, images, labels, mean, std)
-    stage, ids = Pretraining(args, data), torch.arange(n, device=DEVICE)
-    set_lr(stage.optimizer, 1e-4, 0, 1)
-    stage.model.train()
-    maps = update_maps(args, stage.model.encoder, data)
-
-    def step(masking: str, ratios: tuple[float, float], whole: bool = True):
-        """A step of one batch; not whole: what of it is not the model."""
-        stage.args = argparse.Namespace(**{**vars(args), "masking": masking, "global_batch": n,
-                                           "mask_ratio": ratios[0], "throw_ratio": ratios[1]})
-        stage.run["maps"] = maps if masking == "attention" else None
-        some, crops, theta = next(data.crops(args, stage.scale, False, ids, ids, g))
-        if not whole:
-            return split(stage.args, stage.rank(some, theta, slice(0, n), g), ratios)
-        stage.optimizer.zero_grad()
-        stage.loss(some, crops, theta, slice(0, n), g).backward()
-        stage.optimizer.step()
-
-    rows = {"random {:.2f}".format(method.random[0]): ("random", method.random)}
-    rows |= {"AMT {:.2f}/{:.2f}".format(*ratios): ("attention", ratios) for ratios in method.amt}
-    jobs = {name: partial(step, *row) for name, row in rows.items()}
-    jobs |= {f"{name}, choice": partial(step, *row, whole=False) for name, row in rows.items()}
-    jobs["update"] = partial(update_maps, args, stage.model.encoder, data)
-    for job in jobs.values():                                    # compiles, makes AdamW's state
-        job()
-    memory = {name: peak_memory(jobs[name]) for name in rows}
-    side = 8192 if DEVICE.type == "cuda" else 2048
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    matrix = torch.randn(side, side, device=DEVICE, dtype=dtype)
-    jobs["matmul"] = lambda: matrix @ matrix
-    times, began, rounds = {name: [] for name in jobs}, time.perf_counter(), 0
-    while rounds < 3 or rounds < 10 and time.perf_counter() - began < 40:
-        rounds += 1
-        for name, job in jobs.items():
+    """Prints the time and the operations of a step: random masking against AMT, in turn."""
+    B, args.accum_steps = args.batch_size, 1
+    args.global_batch = B
+    pixels = torch.randint(256, (B, 3, args.img_size, args.img_size), dtype=torch.uint8)
+    images = (pixels, torch.arange(B) % 2)
+    stage = Pretraining(args, Images(args, images, images))
+    whole = [(torch.arange(B), stage.data.normalise(stage.data.train.float()))]
+    rows = [("random", METHODS[args.method]["random"]),
+            *(("attention", ratios) for ratios in METHODS[args.method]["amt"])]
+    times, gflop, began = [[] for _ in (*rows, "update")], [], time.perf_counter()
+    while len(times[-1]) < 3 or len(times[-1]) < 11 and time.perf_counter() - began < 40:
+        with precision(args):
             started = time.perf_counter()
-            job()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - started)
-    seconds = {name: statistics.median(some) for name, some in times.items()}
-
-    chip = (torch.cuda.get_device_name() if DEVICE.type == "cuda" else
-            f"{torch.get_num_threads()} CPU threads")
-    peak = 2 * side ** 3 / min(times["matmul"])
-    say(f"{args.method}, {args.model}, {len(stage.model.encoder.blocks)} blocks, images "
-        f"{args.img_size}, patches {args.patch_size}, batch {n}, {args.precision}\n{chip}, torch "
-        f"{torch.__version__}, matmul {peak / 1e12:.3g} TFLOP/s at best; medians of {rounds} "
-        f"rounds\n{TITLES}")
-    counts = {name: operations(args, ratios) for name, (_, ratios) in rows.items()}
-    base, best = list(rows)[:2]
-    for name in rows:
-        (encoder, decoder), s = counts[name], seconds[name]
-        say(f"{name:14} {encoder / 1e9:8.3f} {decoder / 1e9:7.3f} {1e3 * s:7.1f} ms "
-            f"{n / s:9,.1f} {s / seconds[base]:5.2f} {sum(counts[name]) / sum(counts[base]):5.2f} "
-            f"{memory[name]:5.1f} GiB {sum(counts[name]) * n / s / peak:8.0%} "
-            f"{seconds[f'{name}, choice'] / s:8.1%}")
-    cost = seconds["update"] / (args.update_interval * seconds[best])
-    say(f"update of the maps: {n / seconds['update']:,.0f} images/s; every {args.update_interval} "
-        f"epochs, {cost:.1%} of the time that these take by {best}")
+            maps = amt.update_maps(stage.model.encoder, whole, B)
+        times[-1].append(synchronised_time() - started)
+        for i, (args.masking, (args.mask_ratio, args.throw_ratio)) in enumerate(rows):
+            started = time.perf_counter()
+            stage.run["maps"] = maps if args.masking == "attention" else None
+            stage.loss(*next(batches(stage, 0))).backward()
+            stage.optimizer.step()
+            stage.optimizer.zero_grad()
+            times[i].append(synchronised_time() - started)
+    # The first round compiles and is left out.
+    seconds = [float(np.median(row[1:])) for row in times]
+    gflop = [operations(args, ratios) / 1e9 for _, ratios in rows]
+    chip = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    say(f"{args.method}, {args.model}, {args.img_size} pixels, patches of {args.patch_size}, batch "
+        f"{B}, {args.precision}, {chip}, torch {torch.__version__}, medians of "
+        f"{len(times[0]) - 1} rounds\n"
+        f"masking    mask throw       step   images/s GFLOP/image  time GFLOP (of random's)")
+    for (masking, ratios), s, ops in zip(rows, seconds, gflop):
+        say(f"{masking:9}{ratios[0]:6.2f}{ratios[1]:6.2f}{1e3 * s:8.1f} ms{B / s:11,.1f}{ops:12.3f}"
+            f"{s / seconds[0]:6.2f}{ops / gflop[0]:6.2f}")
+    say(f"update of the attention maps: {B / seconds[-1]:,.1f} images/s")
 
 
-def operations(args, ratios: tuple[float, float]) -> tuple[int, int]:
-    """Floating-point operations of a step for an image, those of matrix products and their
-    gradients, in the encoder and in the decoder; counted without doing them."""
-    with torch.device("meta"), PlainAttention(), FlopCounterMode(display=False) as counter:
-        images = torch.zeros(1, 3, args.img_size, args.img_size)
-        masked, _, visible = split(args, torch.arange(args.num_units)[None], ratios)
-        build_model(args)(images, visible, masked)[0].backward()
-    encoder = sum(sum(count.values()) for name, count in counter.get_flop_counts().items()
-                  if re.fullmatch(r"\w+\.encoder\.(patch_embed|blocks\.\d+)", name))
-    return encoder, counter.get_total_flops() - encoder
-
-
-def peak_memory(job: Callable) -> float:
-    """GiB, while job() runs: of tensors on a GPU; on Linux, of the process; elsewhere nan."""
+def synchronised_time() -> float:
     if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        job()
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)                         # gives back what is free
-        Path("/proc/self/clear_refs").write_text("5")            # resets VmHWM
-        job()
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2 ** 20
-    return math.nan
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-# ------------------------------------------------------------------------------------------------
-# Command line
-
-VITS = {name: getattr(amt, name)
-        for name in ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]}
-DEFAULTS = {  # where a data set's are not those of parse_args
-    "cifar10": {}, "cifar100": {}, "stl10": {"img_size": 96, "patch_size": 8},
-    "tiny-imagenet": {"img_size": 64, "patch_size": 8},
-    "folder": {"img_size": 224, "patch_size": 16},
-    "imagenet": {"img_size": 224, "patch_size": 16, "model": "vit_base", "decoder_embed_dim": 512,
-                 "decoder_depth": 8, "blr": 1.5e-4, "save_every": 1},
-    "shapes": {"depth": 3, "decoder_embed_dim": 96, "decoder_depth": 1, "epochs": 24,
-               "update_interval": 4, "batch_size": 64, "blr": 4e-3, "probe_epochs": 8,
-               "probe_blr": 0.5},
-}
-
-
-def at_least(low: int):
-    def whole_number(text: str) -> int:
-        if not (text.lstrip("-").isdigit() and low <= int(text) < 2 ** 31):
-            raise argparse.ArgumentTypeError(
-                f"{text} is not allowed: give a whole number from {low} to {2 ** 31 - 1}")
-        return int(text)
-    return whole_number
-
-
-def rate(text: str) -> float:
-    with suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is not a learning rate: give a number above 0")
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{message} (see --help)")
-    some, number = {"type": at_least(1)}, {"type": at_least(0)}
-
-    def add(flag: str, text: str = "(%(default)s)", default=None, **kwargs):
-        parser.add_argument(flag, help=text, default=default, **kwargs)
-
-    add("--dataset", "cifar10, cifar100, stl10: downloaded; tiny-imagenet; folder: train/<class>/ "
-        "and val/<class>/, decoded once; imagenet: the same, decoded in each epoch; shapes: made. "
-        "The defaults given here are those of cifar10", "cifar10", choices=DEFAULTS)
-    add("--data-path", "of the images, DIR (%(default)s)", "data", metavar="DIR")
-    add("--num-images", "for training, of --dataset shapes (%(default)s)", 2500, **some)
-    add("--img-size", "in pixels, of a side (%(default)s)", 32, **some)
-    add("--workers", "that decode images, of each process (%(default)s)",
-        min(16, max(1, (os.cpu_count() or 1) // LOCAL_WORLD_SIZE)), **number)
-    add("--out-dir", "of the run's files, DIR (%(default)s)", Path("out"), type=Path)
-    add("--resume", "go on with the run in --out-dir", False, action="store_true")
-    add("--save-every", "epochs of training (%(default)s)", 10, **some)
-    add("--seed", default=0, **number)
-    # the model
-    add("--model", default="vit_tiny", choices=VITS)
-    add("--depth", "of the encoder, in blocks (the model's own)", **some)
-    add("--patch-size", "in pixels, of a side (%(default)s)", 4, **some)
-    add("--decoder-embed-dim", "a multiple of 32, as each head has 32 (%(default)s)", 192, **some)
-    add("--decoder-depth", "in blocks (%(default)s)", 4, **some)
-    # the method
-    add("--method", "maskfeat is simmim with HOG targets (%(default)s)", "mae", choices=METHODS)
-    add("--masking", "what patches are ranked by: attention, drawn; random; attmask: the highest "
-        "attention first; mst: the lowest; block; grid (%(default)s)", "attention",
-        choices=amt.STRATEGIES)
-    add("--mask-ratio", "share of patches that are masked (0.45 by attention with mae, else 0.44; "
-        "by other strategies 0.75 with mae, 0.60 with simmim, 0.40 with maskfeat)", type=float)
-    add("--throw-ratio", "share of patches that are thrown (0.40 by attention with mae, else 0.26; "
-        "by other strategies 0)", type=float)
-    add("--throw", "part of the ranking (%(default)s)", "middle", choices=["middle", "lowest"])
-    add("--mask-unit", "side, in patches, of what is masked as one (mae: 1, others: 2)", **some)
-    add("--update-interval", "of the attention maps, in epochs (a tenth of --epochs)", **some)
-    # the schedules
-    add("--epochs", "of pretraining; 0 for --checkpoint (%(default)s)", 400, **number)
-    add("--warmup-epochs", "(a tenth of --epochs)", **number)
-    add("--batch-size", "of each process, at a time (%(default)s)", 512, **some)
-    add("--accum-steps", "batches of each process to a step (%(default)s)", 1, **some)
-    add("--blr", "learning rate for 256 images a step in all, growing with these (%(default)s)",
-        5e-4, type=rate)
-    add("--checkpoint", "with --epochs 0: FILE with the encoder to probe or to fine-tune, of this "
-        "script, timm or MAE's authors; none: an untrained one")
-    add("--probe-epochs", "0: no linear probe (%(default)s)", 90, **number)
-    add("--probe-blr", "as --blr (%(default)s)", 0.1, type=rate)
-    add("--probe-every", "epochs of pretraining: a tenth of --probe-epochs, for log.csv", **some)
-    add("--finetune-epochs", "0: no fine-tuning (%(default)s)", 0, **number)
-    add("--finetune-blr", "as --blr; a layer has 0.75 of the next one's (%(default)s)", 1e-3,
-        type=rate)
-    add("--randaugment", "after crop and flip in fine-tuning", False, action="store_true")
-    # the machine
-    add("--precision", "(bf16 autocast on GPUs that have it)", choices=["bf16", "fp32"])
-    add("--compile", "by torch.compile", False, action="store_true")
-    add("--benchmark", "only time steps of --method at the paper's ratios, on made images", False,
-        action="store_true")
-
-    first = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**DEFAULTS[first.dataset])
-    if first.checkpoint == "none":
-        parser.set_defaults(probe_epochs=0)
-    args = parser.parse_args(argv)
-    args.global_batch = args.batch_size * args.accum_steps * WORLD_SIZE
-    method = METHODS[args.method]
-    mask_ratio, throw_ratio = method.amt[0] if args.masking == "attention" else method.random
-    args.mask_ratio = mask_ratio if args.mask_ratio is None else args.mask_ratio
-    args.throw_ratio = throw_ratio if args.throw_ratio is None else args.throw_ratio
-    args.mask_unit = args.mask_unit or method.mask_unit
-    args.num_units = (args.img_size // args.patch_size // args.mask_unit) ** 2
-    args.update_interval = args.update_interval or max(1, round(args.epochs / 10))
-    if args.warmup_epochs is None:
-        args.warmup_epochs = args.epochs // 10
-    bf16 = DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    args.precision = args.precision or ("bf16" if bf16 else "fp32")
-    check(args)
-    return args
-
-
-def check(args):
-    """Refuses flags that contradict each other, before any data is loaded."""
-    held = [name for name, epochs in [("checkpoint.pth", args.epochs),
-                                      ("probe-checkpoint.pth", args.probe_epochs),
-                                      ("finetune-checkpoint.pth", args.finetune_epochs),
-                                      ("finetuned.pth", args.finetune_epochs)]
-            if epochs and (args.out_dir / name).exists()]
-    gpus = torch.cuda.device_count() if DEVICE.type == "cuda" else LOCAL_WORLD_SIZE
-    for wrong, message in [
-        (args.decoder_embed_dim % 32,
-         f"--decoder-embed-dim {args.decoder_embed_dim} is not a multiple of 32: give one"),
-        (bool(args.epochs) == bool(args.checkpoint),
-         f"--epochs {args.epochs} with --checkpoint {args.checkpoint}: give --epochs above 0, to "
-         f"pretrain, or --epochs 0 and a --checkpoint, FILE or none, to start from"),
-        (args.epochs and args.warmup_epochs >= args.epochs,
-         f"--warmup-epochs {args.warmup_epochs} is not less than --epochs {args.epochs}"),
-        (LOCAL_RANK >= gpus, f"more processes on a machine than its {gpus} GPUs: give torchrun a "
-                             f"smaller --nproc_per_node"),
-        (args.benchmark and WORLD_SIZE > 1,
-         "--benchmark times a single process: start it without torchrun"),
-        (held and not (args.resume or args.benchmark),
-         f"{args.out_dir} holds the {' and '.join(held)} of a run: go on with it by --resume, or "
-         f"give another --out-dir"),
-    ]:
-        if wrong:
-            fail(message)
-    try:
-        with torch.device("meta"):
-            build_model(args)
-        method = METHODS[args.method]
-        for ratios in [method.random, (args.mask_ratio, args.throw_ratio),
-                       *(method.amt if args.benchmark else ())]:
-            split(args, torch.zeros(1, args.num_units, dtype=torch.int64), ratios)
-    except ValueError as error:
-        fail(f"{error} (see --img-size, --patch-size, --mask-unit, --mask-ratio, --throw-ratio)")
-
-
-def run(args):
-    try:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot make --out-dir {args.out_dir} ({error}): give one that can be made")
-    started, data = time.time(), load_data(args)
-    wait()
-    if args.global_batch > len(data.train_labels):
-        fail(f"a batch of {args.global_batch} is more than the {len(data.train_labels)} training "
-             f"images with labels: give a smaller --batch-size")
-    say(f"{args.dataset}: {len(data.train)} training and {len(data.test)} test images; "
-        f"{args.model} on {DEVICE}, {args.precision}, batch {args.global_batch} over {WORLD_SIZE} "
-        f"process{'es' * (WORLD_SIZE > 1)}")
-    if args.checkpoint:
-        encoder = load_encoder(args, args.checkpoint)
-    else:
-        stage = Pretraining(args, data)
-        fit(stage)
-        if RANK == 0:
-            save_masking(stage)
-        encoder, seconds = stage.model.encoder, stage.run["seconds"]
-        updates = sum(float(row[stage.columns.index("update_seconds")]) for row in stage.run["log"])
-        say(f"pretrained for {args.epochs} epochs in {clock(seconds)}, of which {clock(updates)} "
-            f"({updates / seconds:.1%}) for {len(stage.run['snapshots'])} updates of the attention "
-            f"maps")
-    for kind, epochs in [(LinearProbe, args.probe_epochs), (FineTuning, args.finetune_epochs)]:
-        if epochs:
-            stage = kind(args, data, encoder)
-            fit(stage)
-            say(f"{stage.name}: {stage.accuracy():.2f} % of {len(data.test)} test images right "
-                f"after epoch {epochs}, the last")
-    if args.finetune_epochs and RANK == 0:
-        state = {name.removeprefix("encoder."): p for name, p in stage.model.state_dict().items()}
-        write_file(args.out_dir / "finetuned.pth", lambda file: torch.save(state, file))
-    files = sorted(path.name for path in args.out_dir.iterdir())
-    say(f"done in {clock(time.time() - started)}; in {args.out_dir}: {', '.join(files)}")
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
-
-
-def main(argv: list[str] | None = None):
-    args = parse_args(argv)
-    torch.set_float32_matmul_precision("high")
-    if DEVICE.type == "cpu":
-        keep_memory()
-    if args.benchmark:
-        return benchmark(args)
-    try:
-        if WORLD_SIZE > 1:
-            if DEVICE.type == "cuda":
-                torch.cuda.set_device(DEVICE)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo",
-                                    timeout=timedelta(hours=1))
-            all_sum.group = dist.new_group(timeout=timedelta(seconds=45))
-        return run(args)
-    except SystemExit as error:
-        end = error.code
-    except KeyboardInterrupt:
-        end = "stopped: the same command with --resume goes on from the last checkpoint"
-    except Exception as error:
-        if WORLD_SIZE > 1 and re.search("gloo|NCCL|onnection", str(error)):
-            end = (f"train_cifar.py: error: lost another process ({' '.join(str(error).split())}): "
-                   f"its error, if any, is above; the same command with --resume goes on from the "
-                   f"last checkpoint")
-        else:
-            traceback.print_exc()
-            end = 1
-    sys.exit(end)                       # only here, where nothing holds the loader and its workers
+def operations(args, ratios: tuple[float, float]) -> int:
+    """Floating-point operations per image of the matrix products, forward and backward."""
+    with torch.device("meta"), PlainAttention(), FlopCounterMode(display=False) as counter:
+        ranking = torch.arange((args.img_size // args.patch_size // args.mask_unit) ** 2)[None]
+        masked, _, visible = amt.mask_and_throw(ranking, *ratios, unit=args.mask_unit)
+        images = torch.zeros(1, 3, args.img_size, args.img_size)
+        build_model(args)(images, visible=visible, masked=masked)[0].backward()
+    return counter.get_total_flops()
 
 
 if __name__ == "__main__":
