@@ -4,19 +4,19 @@ Zhengqi Liu, Jie Gui, Hao Luo. Good Helper Is around You: Attention-Driven Maske
 AAAI 2023. https://arxiv.org/abs/2211.15362
 
 Masked image modeling hides patches of an image and trains a vision transformer to predict them.
-Random masking ignores what is in the image. AMT uses the model's own attention. Every tenth of
-training it runs the encoder on every whole training image and stores how much [CLS] attends to each
-patch. In each step it draws a random ranking of the patches, with the stored attention as weights,
-so strongly attended patches tend to come first. The ranking is split into three parts:
+Random masking ignores what is in the image. AMT uses the model's own attention. After each tenth
+of the epochs, the encoder runs on every uncropped training image, and AMT stores how much [CLS]
+attends to each patch. Until then, masking is random. In each step AMT samples a ranking of the
+patches with the stored attention as weights, so attended patches tend to come first:
 
     masked:  the top. The encoder does not see these patches, and the model predicts them.
     thrown:  the middle. These patches never enter the model and are not predicted.
     visible: the rest. The encoder sees these patches.
 
-The most attended patches are the ones worth predicting. The next ones are thrown because they would
-give the masked patches away, and because each patch in the model costs time.
+The most attended patches tend to show the object, so they are worth predicting. The next ones are
+thrown because they would make the prediction too easy, and because each patch costs time.
 
-One idea organises this file: every masking strategy is a ranking of the N patches of an image, and
+One idea organises this file: every masking strategy produces a ranking M of the N patches, and
 masking and throwing is a split of that ranking. A model takes two sets of patch indices, `visible`
 and `masked`, and does not know how they were chosen.
 
@@ -66,7 +66,7 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     """
     B, N, L = patches.shape
     p = patch_size
-    h = grid_size(N)
+    h = square_side(N)
     if p < 1 or L % (p * p):
         raise ValueError(f"patches {tuple(patches.shape)} are not of {p}x{p} pixels: give "
                          f"(B, N, p*p*C)")
@@ -75,7 +75,7 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     return x.reshape(B, L // (p * p), h * p, h * p)
 
 
-def grid_size(N: int) -> int:
+def square_side(N: int) -> int:
     """The side h of a square grid of N patches. Raises ValueError if N is not a square number."""
     h = math.isqrt(N)
     if h * h != N:
@@ -90,7 +90,7 @@ def select(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def sincos_pos_embed(embed_dim: int, grid_size: int) -> Tensor:
-    """MAE's fixed 2-d sine-cosine positions (1, 1+N, D) of a square grid. [CLS] comes first: zeros.
+    """MAE's fixed 2-d sine-cosine positions (1, 1+N, D) of a square grid. Row 0 is [CLS]'s: zeros.
 
     The first half of the channels encodes the column of a patch, the second half its row. Each half
     holds D/4 sines, then D/4 cosines, at wavelengths that grow geometrically from 2 pi towards
@@ -115,8 +115,8 @@ def sincos_pos_embed(embed_dim: int, grid_size: int) -> Tensor:
 class PatchEmbed(nn.Module):
     """Projects patches (B, K, p*p*3) to tokens (B, K, D).
 
-    The weight has the shape of timm's strided convolution. It is applied to patches that are cut
-    out already, so a patch that is not visible is not embedded either.
+    The weight has the shape of timm's strided convolution. We cut out the patches first, so only
+    visible patches are embedded.
     """
 
     def __init__(self, patch_size: int, embed_dim: int):
@@ -202,7 +202,7 @@ class Block(nn.Module):
 
 
 def init_weights(module: nn.Module):
-    """MAE's initialisation: Xavier-uniform weights, also for the patch projection, zero biases."""
+    """MAE's initialisation of all projections: Xavier-uniform weights and zero biases."""
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(m.weight.flatten(1))         # a view: this fills m.weight
@@ -213,10 +213,9 @@ class ViT(nn.Module):
     """Vision transformer (Dosovitskiy et al., 2021) for square RGB images, as MAE pretrains it.
 
     `state_dict()` loads into timm's VisionTransformer(num_classes=0) of the same size, and timm's
-    loads here; both models then give the same tokens. The positions are fixed: `pos_embed` is a
-    parameter without gradient. Drop path rises linearly from 0 in the first block to `drop_path` in
-    the last block. Raises ValueError if p does not divide img_size, or if num_heads or 4 does not
-    divide embed_dim.
+    loads here; both models then give the same tokens. `pos_embed` is a parameter that is not
+    trained. Drop path rises linearly from 0 in the first block to `drop_path` in the last one.
+    Raises ValueError if p does not divide img_size, or if num_heads or 4 does not divide embed_dim.
     """
 
     def __init__(self, img_size: int = 224, patch_size: int = 16, embed_dim: int = 768,
@@ -269,10 +268,7 @@ class ViT(nn.Module):
         return self.norm(x)
 
     def cls_attention(self, images: Tensor) -> Tensor:
-        """What [CLS] attends to in the last block: (B, heads, N) from images (B, 3, H, H) (Eq. 3).
-
-        See `Attention.cls_attention`.
-        """
+        """The attention (B, heads, N) of [CLS] in the last block to images (B, 3, H, H) (Eq. 3)."""
         x = self.embed(images)
         for block in self.blocks[:-1]:
             x = block(x)
@@ -289,7 +285,7 @@ vit_huge = partial(ViT, patch_size=14, embed_dim=1280, depth=32, num_heads=16)
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. Masking weights. Those of one image form its attention map; `maps` holds many of them.
+# 3. Masking weights. The weights of one image are its attention map; `maps` holds many images'.
 
 
 @torch.no_grad()
@@ -297,19 +293,19 @@ def masking_weights(vit: nn.Module, images: Tensor) -> Tensor:
     """The masking weights a_w (B, h, w) of whole images (B, 3, H, H), float32, in [0, 1] (Eq. 4).
 
     `vit` is any module with `cls_attention(images) -> (B, heads, N)` on a square grid of patches.
-    It runs in eval mode, and each submodule is put back into the mode that it was in. The attention
-    is averaged over the heads and then min-max normalised for each image. If [CLS] attends to all
-    patches equally, all weights are 0, and `sample_patches` ranks such patches uniformly.
+    It runs in eval mode, and then each submodule returns to its previous mode. The attention is
+    averaged over the heads and then min-max normalised for each image. If [CLS] attends to all
+    patches equally, all weights are 0, and `sample_patches` ranks the patches uniformly.
     Raises ValueError if the grid is not square or the attention is not finite.
     """
-    training = [m for m in vit.modules() if m.training]
+    was_training = [m for m in vit.modules() if m.training]
     vit.eval()
     try:
         a = vit.cls_attention(images).float()                                # (B, heads, N)
     finally:
-        for m in training:
+        for m in was_training:
             m.training = True
-    h = grid_size(a.shape[2])
+    h = square_side(a.shape[2])
     if not a.isfinite().all():
         raise ValueError("the attention of [CLS] is nan or infinite: the images or the encoder's "
                          "parameters are not finite, so go back to an earlier checkpoint")
@@ -346,15 +342,15 @@ def update_maps(vit: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], n: int
 def random_crops(n: int, scale: tuple[float, float] = (0.2, 1.0),
                  ratio: tuple[float, float] = (3 / 4, 4 / 3),
                  generator: torch.Generator | None = None, image_ratio: float = 1.0) -> Tensor:
-    """Random resized crops and horizontal flips of n images, as affine maps theta (n, 2, 3).
+    """Random resized crops and horizontal flips of n images, as affine transforms theta (n, 2, 3).
 
     This is RandomResizedCrop and RandomHorizontalFlip for a whole batch. The area of a crop, as a
     fraction of the image's area, is uniform in `scale`. The logarithm of its width / height is
     uniform between the logarithms of `ratio`. Its position is uniform. A crop is flipped with
-    probability 1/2. A side longer than the image's is cut to the image's, where torchvision draws
-    again. `image_ratio` is the width / height of the images: 1 for square ones.
+    probability 1/2. A side longer than the image's is clamped to it; torchvision draws again
+    instead. `image_ratio` is the width / height of the images: 1 for square ones.
 
-    theta has the format of `torch.nn.functional.affine_grid`. It maps coordinates in the crop, -1
+    theta has the format of `torch.nn.functional.affine_grid`: it takes coordinates in the crop, -1
     to 1 from edge to edge, to coordinates in the image. It is on the generator's device, or on the
     CPU if there is no generator.
     """
@@ -376,10 +372,10 @@ def random_crops(n: int, scale: tuple[float, float] = (0.2, 1.0),
 def crop(x: Tensor, theta: Tensor, size: int, mode: str) -> Tensor:
     """Cuts the areas theta (B, 2, 3) out of x (B, C, H, W) and resizes them: (B, C, size, size).
 
-    x holds images or attention maps, of a floating-point type. theta does not count in pixels, so
-    one theta fits both. `mode` is "bicubic" (which can overshoot the range of x a little),
-    "bilinear" or "nearest". There is no antialiasing: shrink images that are much larger than
-    `size` first.
+    x holds images or attention maps, of a floating-point type. The coordinates in theta are
+    relative, so the same theta crops an image and its map. `mode` is "bicubic" (which can overshoot
+    the range of x a little), "bilinear" or "nearest". There is no antialiasing: shrink images that
+    are much larger than `size` first.
     """
     grid = F.affine_grid(theta.to(x), (len(x), x.shape[1], size, size), align_corners=False)
     return F.grid_sample(x, grid, mode=mode, padding_mode="border", align_corners=False)
@@ -390,11 +386,12 @@ def crop_weights(maps: Tensor, theta: Tensor, img_size: int, patch_size: int) ->
 
     The maps (B, h, w) of the whole images are interpolated to img_size x img_size pixels, cropped
     with theta (B, 2, 3), and summed per patch. Use the same theta for `crop` and `crop_weights`:
-    then each weight stays on the patch that shows what the weight was measured on. To mask units of
+    then each patch of the crop gets the weight of the image area that it shows. To mask units of
     u x u patches, give patch_size = u * p; the result has one weight for each unit.
     """
     # This follows the paper. The authors' code converts pixels to cells of the map by dividing by
-    # the image size (224) instead of the patch size (16): each crop reads the same top-left cells.
+    # the image size, 224, where the patch size, 16, is needed. So it reads the same top-left cells
+    # for every crop.
     x = F.interpolate(maps.float()[:, None], size=img_size, mode="bilinear", align_corners=False)
     x = crop(x, theta, img_size, "bilinear")                                 # (B, 1, H, H)
     return patchify(x, patch_size).sum(dim=2)                                # P_A: (B, N)
@@ -411,18 +408,18 @@ def sample_patches(weights: Tensor, generator: torch.Generator | None = None) ->
     proportional to the weights, as `torch.multinomial(weights, N)` samples it. Weights of zero are
     allowed: these patches come last, in random order. The generator, if given, is on the device of
     the weights. Raises ValueError if a weight on the CPU is negative, infinite or nan. On a GPU
-    this check would make the host wait in each step, so there only `masking_weights` checks.
+    this check would make the host wait in each step; there, `masking_weights` has checked already.
     """
     w = weights.float()
     if w.device.type == "cpu" and not ((w >= 0) & (w < math.inf)).all():
         raise ValueError("some weights are negative, infinite or nan: give finite weights of at "
                          "least 0")
-    # A race of exponential clocks (Efraimidis and Spirakis, 2006; also known as Gumbel top-k). The
-    # clock of patch i rings at time E_i / w_i. Among the clocks still running, each is the next to
-    # ring with probability proportional to its weight. We sort by -log(E_i / w_i), the largest
-    # first, so the earliest ring comes first. In float32 log E is between -17 and 5, and log w is
-    # at least -103, so patches of weight zero, which get -200, come last.
-    E = torch.empty_like(w).exponential_(generator=generator)
+    # Draw E_i from an exponential distribution and sort the patches by E_i / w_i, the smallest
+    # first. This samples without replacement in proportion to w (Efraimidis and Spirakis, 2006;
+    # also known as Gumbel top-k). We sort by log w - log E, the largest first, so that no weight is
+    # too small. In float32, log E is between -88 and 5, and log w is at least -104. The logarithm
+    # of a zero weight becomes -200: when log E is subtracted, it stays below all others.
+    E = torch.empty_like(w).exponential_(generator=generator).clamp_min(torch.finfo(w.dtype).tiny)
     log_w = torch.where(w > 0, w.log(), -200.0)
     return (log_w - E.log()).argsort(dim=1, descending=True)                 # Eq. 5
 
@@ -437,15 +434,17 @@ def mask_and_throw(ranking: Tensor, mask_ratio: float, throw_ratio: float = 0.0,
 
     The first round(N * mask_ratio) patches of the ranking are masked. Then round(N * throw_ratio)
     patches are thrown: the next ones with throw="middle", as in the paper, or the last ones with
-    throw="lowest". The rest is visible. The paper's ratios for MAE are 0.75 and 0 for random
-    masking and for AM, attention-driven masking without throwing, and 0.45 and 0.40 for AMT.
+    throw="lowest". The rest is visible. With unit = u, the ranking orders N units of u x u patches,
+    and the result holds the indices of all patches of these units. The paper's ratios are
 
-    With unit = u, as in SimMIM, the ranking is one of units of u x u patches. The result then holds
-    the indices of all patches in these units. Raises ValueError if a ratio is outside [0, 1), if
-    nothing would be masked or nothing visible, or if `throw` is another word.
+        MAE, unit 1:     random 0.75 and 0;   AM (no throwing) 0.75 and 0;   AMT 0.45 and 0.40
+        SimMIM, unit 2:  random 0.60 and 0;   AMT 0.44 and 0.26, or 0.33 and 0.50
+
+    Raises ValueError if a ratio is outside [0, 1), if nothing would be masked or nothing visible,
+    or if `throw` is another word.
     """
     N = ranking.shape[1]
-    given = f"of N = {N} patches, mask_ratio {mask_ratio} and throw_ratio {throw_ratio}"
+    given = f"of N = {N} patches or units, mask_ratio {mask_ratio} and throw_ratio {throw_ratio}"
     if not (0 <= mask_ratio < 1 and 0 <= throw_ratio < 1):
         raise ValueError(f"{given}: each ratio must be at least 0 and less than 1")
     n_masked = round(N * mask_ratio)
@@ -460,17 +459,17 @@ def mask_and_throw(ranking: Tensor, mask_ratio: float, throw_ratio: float = 0.0,
         masked, visible, thrown = ranking.split([n_masked, n_visible, n_thrown], dim=1)
     else:
         raise ValueError(f'throw "{throw}" is unknown: choose "middle" or "lowest"')
-    if unit > 1:
-        h = grid_size(N) * unit
+    if unit != 1:
+        h = square_side(N) * unit
         masked, thrown, visible = (expand_units(x, h, unit) for x in (masked, thrown, visible))
     return masked, thrown, visible
 
 
 def expand_units(units: Tensor, grid_size: int, unit: int) -> Tensor:
-    """The indices (B, K*u*u), int64, of the patches in the units whose indices are units (B, K).
+    """The indices (B, K*u*u), int64, of all patches in the given units (B, K) of u x u patches.
 
-    Units of u x u patches are numbered row by row, as patches are. `grid_size` is the side h of the
-    grid of patches. Raises ValueError if u does not divide it.
+    Units are numbered row by row, as patches are. `grid_size` is the side h of the grid of patches.
+    Raises ValueError if u does not divide it.
     """
     if unit < 1 or grid_size % unit:
         raise ValueError(f"units of {unit}x{unit} patches do not fill a grid of "
@@ -547,10 +546,10 @@ def hog(images: Tensor, patch_size: int, bins: int = 9) -> Tensor:
     A simple form of Dalal and Triggs, 2005. Each patch has 2 x 2 cells. In each cell and channel,
     a pixel adds the length of its gradient to the bin of its orientation, one of `bins` equal parts
     of 180 degrees, and the histogram is divided by its l2 norm. The four cells of a patch are
-    ordered row by row, the numbers of a cell (channel, bin). Gradients are central differences, so
-    at the edge of a patch they depend on the neighbouring patches, also on thrown ones.
-    Give float32 images: half precision is too coarse.
-    Raises ValueError if p is odd or does not divide H and W.
+    ordered row by row, and the histograms of a cell by channel. Gradients are central differences,
+    so at the edge of a patch they depend on the neighbouring patches, also on thrown ones. Give
+    float32 images: half precision is too coarse. Raises ValueError if p is odd or does not divide H
+    and W.
     """
     B, C, H, W = images.shape
     if patch_size < 2 or patch_size % 2 or H % patch_size or W % patch_size:
@@ -576,12 +575,12 @@ def hog(images: Tensor, patch_size: int, bins: int = 9) -> Tensor:
 class SimMIM(nn.Module):
     """SimMIM (Xie et al., 2022): an encoder that sees mask tokens too, and a linear head.
 
-    With target="hog" this is MaskFeat (Wei et al., 2022) as the paper builds it: the model predicts
-    histograms of gradients instead of pixels, with an l2 loss instead of l1. `encoder` is a ViT, or
-    any module that has `embed_dim`, `patch_size`, `pos_embed`, `embed` and `run_blocks`.
+    With target="hog" this is MaskFeat (Wei et al., 2022) as the AMT paper builds it: the model
+    predicts histograms of gradients instead of pixels, with an l2 loss instead of l1. `encoder` is
+    a ViT, or a module that has `embed_dim`, `patch_size`, `pos_embed`, `embed` and `run_blocks`.
 
-    No loss reaches the output of [CLS] in the last block. So nothing trains the attention that
-    Eq. 3 reads there, except that [CLS] and the patches share the block's parameters.
+    The loss does not depend on the query of [CLS] in the last block, which Eq. 3 reads. The block's
+    parameters are trained through the patches only.
     Raises ValueError if `target` is another word, or if it is "hog" and the patch size is odd.
     """
 
@@ -609,12 +608,12 @@ class SimMIM(nn.Module):
     def forward(self, images: Tensor, *, visible: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, a scalar, and the predictions (B, K_masked, L) in the order of `masked`.
 
-        The arguments are those of `MAE.forward`. Here the encoder also gets a mask token, with its
-        position, for each masked patch. Thrown patches do not enter at all.
+        The arguments are those of `MAE.forward`. Here the encoder also gets the mask token plus the
+        position of each masked patch.
         """
         K = masked.shape[1]
-        hidden = self.mask_token + self.encoder.pos_embed[0, 1:][masked]     # (B, K_masked, D)
-        x = torch.cat([self.encoder.embed(images, visible), hidden], dim=1)  # (B, T, D)
+        mask_tokens = self.mask_token + self.encoder.pos_embed[0, 1:][masked]        # (B, K, D)
+        x = torch.cat([self.encoder.embed(images, visible), mask_tokens], dim=1)     # (B, T, D)
         x = self.encoder.run_blocks(x)
         pred = self.head(x[:, -K:]).float()                                  # (B, K_masked, L)
         loss = self.loss_fn(pred, self.target(images, masked))               # Eq. 2
@@ -645,11 +644,11 @@ def grid_wise(weights: Tensor, generator: torch.Generator | None = None) -> Tens
     """Ranks in a regular pattern: He et al., 2022.
 
     The first half of the ranking is a checkerboard. The last quarter is the bottom left patch of
-    each 2 x 2 patches, so with a mask ratio of 0.75 and an even grid only that patch is visible.
+    each 2 x 2 group, so with a mask ratio of 0.75 and an even grid only that patch is visible.
     Raises ValueError if N is not a square number.
     """
     B, N = weights.shape
-    h = grid_size(N)
+    h = square_side(N)
     place = torch.arange(N, device=weights.device)
     row = place // h % 2                                 # 0 in even rows, 1 in odd rows
     column = place % h % 2
@@ -661,13 +660,13 @@ def grid_wise(weights: Tensor, generator: torch.Generator | None = None) -> Tens
 def block_wise(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Ranks rectangle by rectangle: after Bao et al., 2022 (BEiT).
 
-    Each rectangle has about 0.08 to 0.4 of the patches (BEiT: at least 16, and 75 of 196 in all)
-    and an aspect ratio between 0.3 and 1 / 0.3. Its patches are ranked from the centre outwards, so
-    if the mask ratio ends inside a rectangle, only its central part is masked.
+    Each rectangle has about 0.08 to 0.4 of the patches and an aspect ratio between 0.3 and 1 / 0.3.
+    Its patches are ranked from the centre outwards, so if the mask ratio ends inside a rectangle,
+    only its central part is masked.
     Raises ValueError if N is not a square number.
     """
     B, N = weights.shape
-    h = grid_size(N)
+    h = square_side(N)
     n_blocks = 64                                        # patches outside all 64 come last
 
     def rand(*shape: int) -> Tensor:
@@ -679,11 +678,12 @@ def block_wise(weights: Tensor, generator: torch.Generator | None = None) -> Ten
     sides = sides.round().clamp(1, h)                                        # height and width
     start = (rand(2, B, n_blocks) * (h - sides + 1)).floor()                 # top and left
     line = torch.arange(h, device=weights.device) + 0.5
-    place = torch.cartesian_prod(line, line).T[:, None, None]                # (2, 1, 1, N)
-    off = (place - (start + sides / 2)[..., None]) / sides[..., None]        # (2, B, n_blocks, N)
-    inside = (off.abs() < 0.5).all(dim=0)                                    # (B, n_blocks, N)
+    centre = torch.cartesian_prod(line, line).T[:, None, None]               # (2, 1, 1, N)
+    middle = (start + sides / 2)[..., None]                                  # (2, B, n_blocks, 1)
+    offset = (centre - middle) / sides[..., None]        # of a patch from a rectangle's middle
+    inside = (offset.abs() < 0.5).all(dim=0)                                 # (B, n_blocks, N)
+    distance = offset.square().sum(dim=0)                # less than 1 inside
     block = torch.arange(n_blocks, device=weights.device)[:, None]           # (n_blocks, 1)
-    distance = (off ** 2).sum(dim=0)                     # from the centre; less than 1 inside
     rank = torch.where(inside, block + distance, n_blocks + rand(B, 1, N))
     return rank.amin(dim=1).argsort(dim=1, stable=True)  # a patch belongs to its first rectangle
 
@@ -708,23 +708,25 @@ def training_step(model: nn.Module, images: Tensor, theta: Tensor, maps: Tensor 
                   strategy: Callable = sample_patches) -> Tensor:
     """The loss, a scalar, of one step on crops `images` (B, 3, H, H), cut out by theta (B, 2, 3).
 
-    `maps` (B, h, w) are the rows of these images in the result of `update_maps`. Before the first
-    maps exist, and in the random baseline, give None and the ratios of random masking. The defaults
-    are AMT's for MAE; SimMIM has mask_ratio 0.44, throw_ratio 0.26 and unit 2.
+    `maps` (B, h, w) are the attention maps of these images: rows `ids` of the result of
+    `update_maps`. Before the first maps exist, and in the random baseline, give None, and the
+    ratios of random masking: see `mask_and_throw`. The defaults are those of AMT with MAE.
 
     A data set for `torch.utils.data.DataLoader` returns each crop with its theta and its index:
 
         def __getitem__(self, i):
             theta = random_crops(1)
             return crop(self.images[i][None], theta, 224, "bicubic")[0], theta[0], i
+
+    Raises ValueError if units of u x u patches do not fill the images.
     """
-    p = model.encoder.patch_size
-    B, _, H, _ = images.shape
+    unit_size = unit * model.encoder.patch_size
     if maps is None:
-        weights = images.new_ones(B, (H // (unit * p)) ** 2)                 # one for each unit
+        weights = patchify(torch.ones_like(images[:, :1]), unit_size).sum(dim=2)
+        ranking = random_ranking(weights)
     else:
-        weights = crop_weights(maps, theta, H, unit * p)
-    ranking = strategy(weights)
+        weights = crop_weights(maps, theta, images.shape[2], unit_size)      # one for each unit
+        ranking = strategy(weights)
     masked, _, visible = mask_and_throw(ranking, mask_ratio, throw_ratio, unit=unit)
     loss, _ = model(images, visible=visible, masked=masked)
     return loss

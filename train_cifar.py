@@ -662,7 +662,7 @@ def load_encoder(args) -> amt.ViT:
                  if not name.startswith(("decoder", "mask_token", "head."))}
         cls, grid = saved["pos_embed"].tensor_split([1], dim=1)
         if grid.shape[1] != encoder.grid_size ** 2:
-            h = amt.grid_size(grid.shape[1])
+            h = amt.square_side(grid.shape[1])
             grid = grid.unflatten(1, (h, h)).permute(0, 3, 1, 2).float()     # (1, D, h, w)
             grid = F.interpolate(grid, size=encoder.grid_size, mode="bicubic", antialias=True)
             grid = grid.flatten(2).transpose(1, 2)                           # (1, N, D)
