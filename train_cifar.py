@@ -18,9 +18,9 @@ numbers of a step follow from its number and the seed. So a checkpoint needs no 
 loader or of a random generator, and a resumed run ends with the same weights as an unbroken one.
 
 A run writes to --out-dir: checkpoint.pth, encoder.pth (the state dict of the encoder alone, with
-timm's names), log.csv (one row per epoch), attention.png (what [CLS] attended to at each update of
-the maps) and masking.png (what is masked and predicted). The probe and fine-tuning have their own
-checkpoint and log, and fine-tuning writes finetuned.pth.
+timm's names), log.csv (one row per epoch), attention.png (where [CLS] attended, for each update of
+the attention maps) and masking.png (what is masked and predicted). The probe and fine-tuning have
+their own checkpoint and log, and fine-tuning writes finetuned.pth.
 """
 import argparse
 import ctypes
@@ -58,16 +58,15 @@ RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RAN
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))        # torchrun sets these
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
-TERMINAL = sys.stdout is not None and sys.stdout.isatty()
 
 # Mask and throw ratio of random masking and of AMT (the first is the default), side of a masking
-# unit in patches, area of the random crops. MaskFeat has SimMIM's ratios of AMT.
+# unit in patches, area of the random crops. For AMT, MaskFeat uses SimMIM's ratios.
 METHODS = {
     "mae": dict(random=(0.75, 0.0), amt=[(0.45, 0.40)], unit=1, scale=(0.2, 1)),
     "simmim": dict(random=(0.60, 0.0), amt=[(0.44, 0.26), (0.33, 0.50)], unit=2, scale=(0.67, 1)),
     "maskfeat": dict(random=(0.40, 0.0), amt=[(0.44, 0.26), (0.33, 0.50)], unit=2, scale=(0.5, 1)),
 }
-USE_MAPS = ["attention", "attmask", "mst"]               # strategies that rank by attention maps
+USE_MAPS = ["attention", "attmask", "mst"]               # strategies that rank by attention
 DEFAULTS = {  # flags of a data set that differ from cifar10's
     "cifar10": {},
     "cifar100": {},
@@ -81,9 +80,7 @@ DEFAULTS = {  # flags of a data set that differ from cifar10's
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# Flags
-
+# ==== Flags =======================================================================================
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -130,22 +127,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--warmup-epochs", None, "epochs of warm-up (default: a tenth of --epochs)", type=int)
     add("--batch-size", 512, "images per process and forward pass")
     add("--accum-steps", 1, "forward passes per process and optimiser step")
-    add("--blr", 5e-4, "learning rate for 256 images a step; it grows in proportion to these")
+    add("--blr", 5e-4, "learning rate, scaled by the images per step / 256")
     add("--checkpoint", None, "with --epochs 0: the encoder to probe or to fine-tune, a file of "
-        "this script, timm or MAE; or none, for an untrained encoder", metavar="FILE")
+        "this script, timm or MAE; or the word none, for an untrained encoder", metavar="FILE")
     add("--probe-epochs", 90, "epochs of the linear probe; 0 skips it")
     add("--probe-blr", 0.1, "learning rate of the probe, like --blr")
-    add("--probe-every", None, "log the accuracy of a short probe, a tenth of --probe-epochs, each "
-        "N epochs of pretraining", type=int, metavar="N")
+    add("--probe-every", None, "log the accuracy of a short probe (a tenth of --probe-epochs) "
+        "every N epochs of pretraining", type=int, metavar="N")
     add("--finetune-epochs", 0, "epochs of fine-tuning; 0 skips it")
     add("--finetune-blr", 1e-3, "learning rate of fine-tuning, like --blr; each block has 0.75 "
         "times the rate of the next one")
     add("--finetune-randaugment", None, "fine-tune with RandAugment", action="store_true")
     add("--seed", 0, "seed of all random numbers")
     add("--out-dir", Path("out"), "directory of the run's files", metavar="DIR")
-    add("--resume", None, "continue the run in --out-dir; give its flags", action="store_true")
+    add("--resume", None, "continue the run in --out-dir; repeat its flags", action="store_true")
     add("--save-every", 10, "epochs between checkpoints")
-    add("--precision", None, "bf16 is autocast (default: bf16 on GPUs that have it, else fp32)",
+    add("--precision", None, "bf16 is autocast; fp32 allows TF32 on GPUs (default: bf16 on GPUs "
+        "that have it, else fp32)",
         choices=["bf16", "fp32"])
     add("--compile", None, "use torch.compile", action="store_true")
     add("--benchmark", None, "only time a step: random masking against AMT", action="store_true")
@@ -156,15 +154,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.set_defaults(patch_size=14)
     if first.checkpoint == "none":
         parser.set_defaults(probe_epochs=0)
-    first = parser.parse_args(argv)
-    method = METHODS[first.method]
-    ratios = method["amt"][0] if first.masking == "attention" else method["random"]
-    bf16 = DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if first.update_interval is None:
-        parser.set_defaults(update_interval=max(1, round(first.epochs / 10)))
-    parser.set_defaults(mask_ratio=ratios[0], throw_ratio=ratios[1], mask_unit=method["unit"],
-                        warmup_epochs=first.epochs // 10, precision="bf16" if bf16 else "fp32")
     args = parser.parse_args(argv)
+    method = METHODS[args.method]
+    ratios = method["amt"][0] if args.masking == "attention" else method["random"]
+    bf16 = DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    derived = dict(mask_ratio=ratios[0], throw_ratio=ratios[1], mask_unit=method["unit"],
+                   update_interval=max(1, round(args.epochs / 10)),
+                   warmup_epochs=args.epochs // 10, precision="bf16" if bf16 else "fp32")
+    vars(args).update({k: v for k, v in derived.items() if getattr(args, k) is None})
     args.global_batch = args.batch_size * args.accum_steps * WORLD_SIZE
     check(args, parser.error)
     return args
@@ -187,7 +184,12 @@ def check(args, error):
               f"to pretrain, or --epochs 0 and a --checkpoint, FILE or none")
     if args.epochs and args.warmup_epochs >= args.epochs:
         error(f"--warmup-epochs {args.warmup_epochs} is not less than --epochs {args.epochs}")
-    if args.probe_epochs and args.batch_size * WORLD_SIZE == 1:
+    if args.masking in USE_MAPS and args.update_interval >= args.epochs > 1:
+        error(f"--update-interval {args.update_interval} is not less than --epochs {args.epochs}: "
+              f"there would be no attention maps")
+    if args.benchmark and WORLD_SIZE > 1:
+        error("--benchmark times one process: start it without torchrun")
+    if (args.probe_epochs or args.probe_every) and args.batch_size * WORLD_SIZE == 1:
         error("--batch-size 1 is too small for the BatchNorm of the linear probe: give 2 or more")
     try:
         with torch.device("meta"):
@@ -202,9 +204,7 @@ def check(args, error):
               f"--mask-ratio, --throw-ratio)")
 
 
-# ------------------------------------------------------------------------------------------------
-# Main
-
+# ==== Main ========================================================================================
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
@@ -221,9 +221,10 @@ def main(argv: list[str] | None = None):
     with open_out_dir(args):
         data = load_data(args)
         check_same("training images", data.fingerprint)
-        if args.global_batch > len(data.train_labels):
-            sys.exit(f"error: a step takes {args.global_batch} images, but only "
-                     f"{len(data.train_labels)} have labels: give a smaller --batch-size")
+        n = len(data.train_labels if args.probe_epochs or args.finetune_epochs else data.train)
+        if args.global_batch > n:
+            sys.exit(f"error: a step takes {args.global_batch} images, but there are only {n} "
+                     f"training images: give a smaller --batch-size")
         say(f"{args.dataset}: {len(data.train)} training and {len(data.test)} test images. "
             f"{args.model} on {DEVICE} in {args.precision}, {args.global_batch} images a step, "
             f"processes: {WORLD_SIZE}")
@@ -236,31 +237,28 @@ def main(argv: list[str] | None = None):
             save_masking(pretraining)
             encoder = pretraining.model.encoder
         if args.probe_epochs:
-            probe = LinearProbe(args, data, encoder, args.probe_epochs, "probe-")
-            fit(probe)
-            say(f"linear probe: {probe.run['log'][-1]['test_accuracy']} % of the test images")
+            fit(LinearProbe(args, data, encoder, args.probe_epochs, "probe-"))
         if args.finetune_epochs:
             finetuning = FineTuning(args, data, encoder)
             fit(finetuning)
-            say(f"fine-tuning: {finetuning.run['log'][-1]['test_accuracy']} % of the test images")
             state = finetuning.model.state_dict()
             state = {name.removeprefix("encoder."): p for name, p in state.items()}
-            write_file(args.out_dir / "finetuned.pth", serialise(state))
+            write_file(args.out_dir / "finetuned.pth", state)
         say(f"done: see {args.out_dir}")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------------------------
-# Pretraining
-
+# ==== Pretraining =================================================================================
 
 class Stage:
     """What `fit` trains: a model, an optimiser and a loss. A checkpoint holds the states of the
-    model and of the optimiser, and `run`. `prefix` begins the names of the stage's files; a stage
-    whose prefix is None has no files."""
-    scale, augment, warmup = (0.2, 1.0), False, 0        # area of crops; RandAugment; epochs
-    encoder_checksum = None                              # of the encoder that it starts from
+    model and of the optimiser, and `run`. The names of a stage's files begin with `prefix`; a stage
+    whose prefix is None writes no files."""
+    scale = (0.2, 1.0)                                   # area of the random crops
+    augment = False                                      # RandAugment after the crop
+    warmup = 0                                           # epochs
+    encoder_checksum = None                              # of the encoder that training starts from
 
     def __init__(self, args, data, name: str, prefix: str | None, model: nn.Module, optimizer,
                  blr: float, epochs: int, n: int):
@@ -277,7 +275,7 @@ class Stage:
         pass
 
     def end_epoch(self, epoch: int) -> dict[str, str]:
-        """More columns for the epoch's row in the log."""
+        """More columns for the log, after epoch 1, 2, ..."""
         return {}
 
 
@@ -303,22 +301,22 @@ class Pretraining(Stage):
             return
         started = time.time()
         with precision(args):
-            batches = ((ids, data.normalise(images))
-                       for ids, images in data.whole("train", share(self.n)))
-            maps = all_reduce(amt.update_maps(encoder, batches, self.n)).float()        # (n, h, w)
+            whole_images = ((ids, data.normalise(images))
+                            for ids, images in data.whole("train", share(self.n)))
+            maps = all_reduce(amt.update_maps(encoder, whole_images, self.n)).float()   # (n, h, w)
         run["position_share"] = f"{(maps.mean(0).var() / maps.var()).item():.4f}"
         torch.manual_seed(seed_of(args.seed, "shuffled", epoch))
         run["maps"] = reweight(maps, args.weights).half()
-        run["snapshots"].append(amt.masking_weights(encoder, data.normalise(self.shown())))
-        save_grid([self.shown() / 255, *map(heat, run["snapshots"])],        # the paper's Fig. 4
-                  args.out_dir / "attention.png")
+        shown = self.shown()
+        run["snapshots"].append(amt.masking_weights(encoder, data.normalise(shown)))
+        save_grid([shown / 255, *map(heat, run["snapshots"])], args.out_dir / "attention.png")
         run["update_seconds"] = time.time() - started
 
     def loss(self, ids: Tensor, images: Tensor, theta: Tensor) -> Tensor:
         """The mean loss of crops (B, 3, H, H), 0 to 255, of the training images ids (B,)."""
         args, maps = self.args, self.run["maps"]
         unit = args.mask_unit * args.patch_size                              # in pixels
-        if maps is None:
+        if maps is None:                                 # all patches weigh the same
             weights = torch.ones(len(ids), (args.img_size // unit) ** 2, device=DEVICE)
         else:
             weights = amt.crop_weights(maps[ids], theta, args.img_size, unit)
@@ -380,9 +378,7 @@ def build_encoder(args, **kwargs) -> amt.ViT:
     return getattr(amt, args.model)(img_size=args.img_size, patch_size=args.patch_size, **kwargs)
 
 
-# ------------------------------------------------------------------------------------------------
-# Mini-batches and the training loop
-
+# ==== Mini-batches and the training loop ==========================================================
 
 def batches(stage: Stage, step: int):
     """Yields this process's mini-batches from `step` to the end of its epoch: ids (B,), crops
@@ -396,7 +392,8 @@ def batches(stage: Stage, step: int):
     epoch, first = divmod(step, stage.steps)
     torch.manual_seed(seed_of(args.seed, stage.name, epoch))
     order = torch.randperm(stage.n)[: stage.steps * args.global_batch]
-    ids = order.view(stage.steps, WORLD_SIZE, -1)[first:, RANK].flatten()
+    order = order.view(stage.steps, WORLD_SIZE, -1)
+    ids = order[first:, RANK].flatten()
     crops = stage.data.crops(ids, stage.scale, stage.augment, (args.seed, stage.name, epoch))
     for number in range(step, (epoch + 1) * stage.steps):
         for part in range(RANK * args.accum_steps, (RANK + 1) * args.accum_steps):
@@ -406,75 +403,76 @@ def batches(stage: Stage, step: int):
 
 def fit(stage: Stage):
     """Trains a stage to its last step. Saves every --save-every epochs and when a signal comes."""
-    args, run, optimizer = stage.args, stage.run, stage.optimizer
+    args, run = stage.args, stage.run
     if args.resume and stage.prefix is not None:
         load_checkpoint(stage)
-    total = stage.epochs * stage.steps
-    began, mini_batches = time.time() - run["seconds"], None
-    for step in range(run["step"], total + 1):
-        epoch, step_of_epoch = divmod(step, stage.steps)
-        if step_of_epoch == 0:
-            if epoch > len(run["log"]):              # an epoch has ended and has no row yet
-                log_epoch(stage, epoch)
-            if step == total:
-                break
-            began, mini_batches = time.time(), None
+    for epoch in range(len(run["log"]), stage.epochs):   # a finished epoch has a row in the log
+        began = time.time()
+        if run["step"] == epoch * stage.steps:
             run["loss"].zero_()
-            stage.start_epoch(epoch)                 # pretraining: new attention maps
-        if mini_batches is None:
-            mini_batches = batches(stage, step)
-            stage.model.train()
-
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(stage, step) * group.get("lr_scale", 1.0)
-        for part in range(args.accum_steps):
-            ids, images, theta = next(mini_batches)
-            # DDP averages the gradients over the processes in the last backward pass only.
-            no_sync = getattr(stage.parallel, "no_sync", nullcontext)
-            with nullcontext() if part + 1 == args.accum_steps else no_sync():
-                loss = stage.loss(ids, images, theta) / args.accum_steps
-                loss.backward()
-            run["loss"] += loss.detach()
-        optimizer.step()
-        optimizer.zero_grad()
-        run["step"] = step + 1
-
-        progress(f"{stage.name}: epoch {epoch + 1} of {stage.epochs}, step "
-                 f"{step_of_epoch + 1} of {stage.steps}")
-        signal_number = all_reduce(torch.tensor(max(SIGNALS, default=0)), dist.ReduceOp.MAX).item()
-        if signal_number or step_of_epoch + 1 == stage.steps:
+            stage.start_epoch(epoch)                     # pretraining: new attention maps
+        else:                                            # the run resumes within this epoch
+            began -= run["seconds"]
+        stage.model.train()
+        mini_batches = batches(stage, run["step"])
+        for step in range(run["step"], (epoch + 1) * stage.steps):
+            train_step(stage, step, mini_batches)
             run["seconds"] = time.time() - began
-            run["loss"] = all_reduce(run["loss"]) / WORLD_SIZE
-            check_finite(stage, run["loss"])
-        if signal_number:
-            save_checkpoint(stage)
-            mini_batches.close()                     # ends the processes that decode images
-            say(f"stopped by {signal.Signals(signal_number).name} after step {step + 1} of "
-                f"{stage.name}: the same command with --resume continues")
-            sys.exit(128 + signal_number)
+            progress(f"{stage.name}: epoch {epoch + 1} of {stage.epochs}, step "
+                     f"{step % stage.steps + 1} of {stage.steps}")
+            number = all_reduce(torch.tensor(max(SIGNALS, default=0)), dist.ReduceOp.MAX).item()
+            if number:
+                save_checkpoint(stage)
+                mini_batches.close()                     # ends the processes that decode images
+                say(f"stopped by {signal.Signals(number).name} after step {step + 1} of "
+                    f"{stage.name}: the same command with --resume continues")
+                sys.exit(128 + number)
+        mini_batches.close()
+        check_finite(stage, run["loss"])                 # waits for the GPU
+        run["seconds"] = time.time() - began
+        end_epoch(stage, epoch + 1)
 
 
-def log_epoch(stage: Stage, epoch: int):
-    """Adds the epoch's row to the log, prints it, and saves when it is time."""
-    args, run = stage.args, stage.run
-    loss = run["loss"].item() / stage.steps
-    lr = learning_rate(stage, epoch * stage.steps - 1)
-    speed = stage.steps * args.global_batch / (run["seconds"] - run.get("update_seconds", 0.0))
-    row = {"epoch": str(epoch), "loss": f"{loss:.5f}", "lr": f"{lr:.3e}",
-           "images_per_second": f"{speed:.0f}", "seconds": f"{run['seconds']:.2f}"}
-    more = stage.end_epoch(epoch)
-    run["log"].append(row | more)
+def train_step(stage: Stage, step: int, mini_batches):
+    """One step of the optimiser, on accum_steps mini-batches of each process."""
+    args, run, optimizer = stage.args, stage.run, stage.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(stage, step) * group.get("lr_scale", 1.0)
+    no_sync = getattr(stage.parallel, "no_sync", nullcontext)
+    total = 0.0
+    for part in range(args.accum_steps):
+        ids, images, theta = next(mini_batches)
+        last = part + 1 == args.accum_steps
+        # DDP averages the gradients over the processes in the last backward pass only.
+        with nullcontext() if last else no_sync():
+            loss = stage.loss(ids, images, theta) / args.accum_steps
+            loss.backward()
+        total += loss.detach()
+    run["loss"] += all_reduce(total) / WORLD_SIZE
+    optimizer.step()
+    optimizer.zero_grad()
+    run["step"] = step + 1
+
+
+def end_epoch(stage: Stage, epoch: int):
+    """Adds a row for the epochs 1, 2, ... to the log, prints it, and saves when it is time."""
+    args, run, log = stage.args, stage.run, stage.run["log"]
+    seconds = run["seconds"] - run.get("update_seconds", 0.0)    # without the update of the maps
+    row = {"epoch": str(epoch), "loss": f"{run['loss'].item() / stage.steps:.5f}",
+           "lr": f"{learning_rate(stage, epoch * stage.steps - 1):.3e}",
+           "images_per_second": f"{stage.steps * args.global_batch / seconds:.0f}",
+           "seconds": f"{run['seconds']:.2f}"}
+    log.append(row | stage.end_epoch(epoch))
     if stage.prefix is None:
         return
-    left = sum(float(row["seconds"]) for row in run["log"]) / epoch * (stage.epochs - epoch)
-    say(f"{stage.name}: epoch {epoch} of {stage.epochs}, loss {loss:.4f}, lr {lr:.2e}, "
-        f"{speed:,.0f} images/s" + "".join(f", {k} {v}" for k, v in more.items() if v)
-        + f", {timedelta(seconds=round(left))} left")
+    left = sum(float(row["seconds"]) for row in log) / epoch * (stage.epochs - epoch)
+    columns = ", ".join(f"{name} {value}" for name, value in log[-1].items() if value)
+    say(f"{stage.name}: {columns}, {timedelta(seconds=round(left))} left")
     due = epoch % args.save_every == 0 or epoch == stage.epochs
-    if due or stage.name == "pretraining" and stage.update_is_due(epoch):
+    if due or (stage.name == "pretraining" and stage.update_is_due(epoch)):
         save_checkpoint(stage)
-    text = "".join(",".join(row) + "\n" for row in [row | more, *map(dict.values, run["log"])])
-    write_file(args.out_dir / f"{stage.prefix}log.csv", text.encode())
+    lines = [",".join(log[0]), *(",".join(row.values()) for row in log)]
+    write_file(args.out_dir / f"{stage.prefix}log.csv", ("\n".join(lines) + "\n").encode())
 
 
 def learning_rate(stage: Stage, step: int) -> float:
@@ -499,9 +497,10 @@ def build_optimizer(model: nn.Module, beta2: float = 0.95, lr_scale=lambda name:
     for name, p in model.named_parameters():
         if p.requires_grad:
             decay = 0.05 if name.endswith("weight") and p.ndim > 1 else 0.0
-            group = {"params": [], "weight_decay": decay, "lr_scale": lr_scale(name)}
-            groups.setdefault((decay, lr_scale(name)), group)["params"].append(p)
-    return torch.optim.AdamW(groups.values(), betas=(0.9, beta2), fused=True)
+            groups.setdefault((decay, lr_scale(name)), []).append(p)
+    groups = [{"params": params, "weight_decay": decay, "lr_scale": scale}
+              for (decay, scale), params in groups.items()]
+    return torch.optim.AdamW(groups, betas=(0.9, beta2), fused=True)
 
 
 def wrap(args, model: nn.Module) -> nn.Module:
@@ -532,9 +531,7 @@ class PlainAttention(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-# ------------------------------------------------------------------------------------------------
-# Linear probe and fine-tuning
-
+# ==== Linear probe and fine-tuning ================================================================
 
 class LinearProbe(Stage):
     """A linear layer on [CLS] of the frozen encoder, after a BatchNorm without affine."""
@@ -561,7 +558,7 @@ class LinearProbe(Stage):
 
     def loss(self, ids: Tensor, images: Tensor, theta: Tensor) -> Tensor:
         # The processes share the work of the encoder and exchange the features. Then each trains
-        # the same head on all features. So DDP is not needed, and BatchNorm sees the whole batch.
+        # the same head on all features. So DDP is not needed, and BatchNorm sees all of them.
         features = self.features(images)
         all_features = torch.zeros(WORLD_SIZE, *features.shape, device=DEVICE)
         all_labels = torch.zeros(WORLD_SIZE, len(ids), dtype=torch.int64, device=DEVICE)
@@ -598,7 +595,7 @@ class FineTuning(Stage):
         depth, decay = len(encoder.blocks), 1.0 if args.checkpoint == "none" else 0.75
 
         def lr_scale(name: str) -> float:
-            """`decay` for each layer above: none above the head, `depth` above the first block."""
+            """1 for the head and the last norm. Each layer has `decay` times that of the next."""
             if name.startswith("encoder.blocks."):
                 return decay ** (depth - int(name.split(".")[2]))
             below = name.startswith(("encoder.cls_token", "encoder.patch_embed"))
@@ -674,9 +671,7 @@ def load_encoder(args) -> amt.ViT:
     return encoder
 
 
-# ------------------------------------------------------------------------------------------------
-# Data in memory
-
+# ==== Data in memory ==============================================================================
 
 class Images:
     """A data set on the device, as bytes (n, 3, H, H). The first len(train_labels) training images
@@ -690,7 +685,8 @@ class Images:
                                  for images, _ in (train, test))
         self.train_labels, self.test_labels = train[1].to(DEVICE), test[1].to(DEVICE)
         self.classes = int(self.train_labels.max()) + 1
-        some = self.train[:: 1 + self.train.numel() // 2 ** 28].float()      # at most 1 GiB
+        every = 1 + self.train.numel() // 2 ** 28        # every k-th image: at most 1 GiB
+        some = self.train[::every].float()
         self.std, self.mean = (x[:, None, None] for x in torch.std_mean(some, dim=(0, 2, 3)))
 
     def normalise(self, pixels: Tensor) -> Tensor:
@@ -784,16 +780,15 @@ def shapes(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return image.round().byte(), label
 
 
-# ------------------------------------------------------------------------------------------------
-# Data on disk
-
+# ==== Data on disk ================================================================================
 
 class Files:
     """Image files that --workers processes decode anew in each pass. It has the methods of Images.
 
-    The protocol is ImageNet's, and Images has CIFAR's. Crops come from the whole image here, and
-    there from its central square. A test image is the central square with 0.875 of the short side
-    here, and there with all of it. Mean and standard deviation are ImageNet's here.
+    Here, crops come from the whole image, a test image is the central square with 0.875 of the
+    short side, and mean and standard deviation are ImageNet's, as usual for ImageNet. In Images,
+    crops come from the central square, a test image is all of the central square, and mean and
+    standard deviation are those of the data set, as usual for CIFAR.
     """
     normalise = Images.normalise
 
@@ -809,10 +804,10 @@ class Files:
                 val = ImageFolder(root / "val")
                 test = [(path, val.classes[label]) for path, label in val.samples]
             test = [(path, train.class_to_idx[kind]) for path, kind in test]
+            (self.train, train_labels), (self.test, test_labels) = zip(*train.samples), zip(*test)
         except (OSError, ValueError, KeyError) as error:
             sys.exit(f"error: --data-path {root} does not have the layout of --dataset "
                      f"{args.dataset}, or a class of val is not in train: {one_line(error)}")
-        (self.train, train_labels), (self.test, test_labels) = zip(*train.samples), zip(*test)
         self.train_labels = torch.tensor(train_labels, device=DEVICE)
         self.test_labels = torch.tensor(test_labels, device=DEVICE)
         self.classes = len(train.classes)
@@ -823,21 +818,23 @@ class Files:
 
     def read(self, paths: tuple, ids: Tensor, view, augment: bool = False, key: tuple = ()):
         """Yields ids (B,), pixels (B, 3, H, H), 0 to 255, and theta (B, 2, 3) of these files."""
-        decoder = Decoder(paths, self.args.img_size, view, augment, key)
-        loader = DataLoader(decoder, self.args.batch_size, sampler=ids.tolist(),
-                            num_workers=self.args.workers, pin_memory=DEVICE.type == "cuda",
-                            generator=torch.Generator())     # else it draws from the global one
+        loader = DataLoader(
+            Decoder(paths, self.args.img_size, view, augment, key), self.args.batch_size,
+            sampler=ids.tolist(), num_workers=self.args.workers, worker_init_fn=note_signals,
+            pin_memory=DEVICE.type == "cuda",
+            generator=torch.Generator())                 # else it uses up a global random number
         try:
-            for batch in loader:
+            for i, batch in enumerate(loader):
                 part, pixels, theta = (x.to(DEVICE, non_blocking=True) for x in batch)
                 yield part, pixels.permute(0, 3, 1, 2).float(), theta
-        except (ValueError, RuntimeError) as error:      # a worker's own message is the last line
+                if not isinstance(view, tuple):
+                    progress(f"read {i * self.args.batch_size} of {len(ids)} images")
+        except ValueError as error:                      # a worker's own message is the last line
             sys.exit(f"error: {str(error).splitlines()[-1].removeprefix('ValueError: ')}")
 
     def whole(self, split: str, ids: Tensor):
         paths, view = (self.train, "whole") if split == "train" else (self.test, 0.875)
         for part, pixels, _ in self.read(paths, ids, view):
-            progress(f"{split} image {part[-1] + 1} of {len(paths)}")
             yield part, pixels
 
     def crops(self, ids: Tensor, scale: tuple[float, float], augment: bool, key: tuple):
@@ -850,7 +847,6 @@ class Files:
             images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
             for ids, pixels, _ in self.read(paths, torch.arange(len(paths)), 1.0):
                 images[ids.cpu()] = pixels.byte().cpu()
-                progress(f"decoded image {ids[-1] + 1} of {len(paths)}")
             splits.append((images, labels.cpu()))
         return splits
 
@@ -892,10 +888,11 @@ class Decoder(Dataset):
             theta = amt.random_crops(1, self.view, generator=g, image_ratio=W / H)[0]
             (width, _, x), (_, height, y) = theta.tolist()
         else:
-            side = (W, H) if self.view == "whole" else (self.view * min(W, H),) * 2
-            width, height, x, y = side[0] / W, side[1] / H, 0.0, 0.0
-        flip, width, size = width < 0, abs(width), self.img_size
+            side = self.view * min(W, H) if self.view != "whole" else None
+            width, height, x, y = (side / W, side / H, 0, 0) if side else (1, 1, 0, 0)
+        flip, width = width < 0, abs(width)
         # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop still has enough pixels.
+        size = self.img_size
         reduced = max(size / (W * width), size / (H * height))
         image.draft(None, tuple(math.ceil(reduced * side) for side in image.size))
         if turned or image.getexif().get(0x0112):
@@ -915,14 +912,16 @@ class Decoder(Dataset):
         return pixels.flip(2) if flip else pixels, theta
 
 
-# ------------------------------------------------------------------------------------------------
-# Checkpoints
-
+# ==== Checkpoints =================================================================================
 
 def write_file(path: Path, content):
-    """Writes a file beside `path`, then renames it: `path` is always the old or the new file."""
+    """Writes bytes, or a checkpoint, beside `path`, then renames: `path` is the old or new file."""
     if RANK != 0:
         return
+    if not isinstance(content, bytes):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        content = buffer.getbuffer()
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -936,32 +935,25 @@ def write_file(path: Path, content):
                  f"--out-dir. The old file is unharmed")
 
 
-def serialise(content) -> memoryview:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getbuffer()
-
-
 def settings(stage: Stage) -> dict:
     """What a resumed run must share with its checkpoint: flags, images, and the encoder that a
     probe or a fine-tuning starts from. The flags of the stages after it may change."""
     free = ["data_path", "out_dir", "resume", "save_every", "workers", "accum_steps", "checkpoint",
-            "compile", "benchmark"]
+            "probe_every", "compile", "benchmark"]
     flags = {name: value for name, value in vars(stage.args).items() if name not in free
              and (name.startswith(stage.name) or not name.startswith(("probe_", "finetune_")))}
     return flags | {"training images": stage.data.fingerprint, "encoder": stage.encoder_checksum}
 
 
 def save_checkpoint(stage: Stage):
-    for p in stage.model.parameters():
-        check_finite(stage, p)
+    for x in [stage.run["loss"], *stage.model.parameters()]:
+        check_finite(stage, x)
     if stage.prefix is not None:
         if stage.name == "pretraining":
-            encoder = stage.model.encoder.state_dict()
-            write_file(stage.args.out_dir / "encoder.pth", serialise(encoder))
-        content = {"model": stage.model.state_dict(), "optimizer": stage.optimizer.state_dict(),
-                   "settings": settings(stage), "run": stage.run}
-        write_file(stage.args.out_dir / f"{stage.prefix}checkpoint.pth", serialise(content))
+            write_file(stage.args.out_dir / "encoder.pth", stage.model.encoder.state_dict())
+        write_file(stage.args.out_dir / f"{stage.prefix}checkpoint.pth", {
+            "model": stage.model.state_dict(), "optimizer": stage.optimizer.state_dict(),
+            "settings": settings(stage), "run": stage.run})
 
 
 def load_checkpoint(stage: Stage):
@@ -990,9 +982,7 @@ def load_checkpoint(stage: Stage):
     check_same(f"steps in {path}", stage.run["step"])
 
 
-# ------------------------------------------------------------------------------------------------
-# Processes, signals, printed lines
-
+# ==== Processes, signals, printed lines ===========================================================
 
 def all_reduce(x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
     """Sums x over the processes, in place."""
@@ -1021,7 +1011,7 @@ def seed_of(*key) -> int:
 
 
 def open_out_dir(args):
-    """Makes --out-dir, and returns a locked file in it, to be kept open against a second run."""
+    """Makes --out-dir and returns an open lock file: while it is open, no second run starts."""
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
         for path in args.out_dir.glob("*checkpoint.pth"):
@@ -1041,8 +1031,9 @@ def open_out_dir(args):
 SIGNALS = []                            # the signals that came
 
 
-def note_signals():
-    """From now on `fit` stops after the step in which a signal comes. A second signal kills."""
+def note_signals(worker: int = 0):
+    """From now on `fit` stops after the step in which a signal comes. A second signal kills.
+    The processes that decode images call it too, so that they live until the end of that step."""
     def note(number, frame):
         SIGNALS.append(number)
         signal.signal(number, signal.SIG_DFL)
@@ -1052,18 +1043,18 @@ def note_signals():
             signal.signal(number, note)
 
 
-def say(text: str, end: str = "\n"):
+def say(text: str):
     """Prints on rank 0. A terminal or a pipe that is closed does not end the run."""
     if RANK == 0:
         with suppress(OSError, UnicodeError):
-            print(("\r\x1b[K" if TERMINAL else "") + text, end=end, flush=True)
+            print(text, flush=True)
 
 
 def progress(text: str):
-    """Prints a line: on a terminal every second, over the last one, and elsewhere every minute."""
-    if time.time() - progress.last >= (1 if TERMINAL else 60):
+    """Prints a line, but not more than one a minute."""
+    if time.time() - progress.last >= 60:
         progress.last = time.time()
-        say(text, end="" if TERMINAL else "\n")
+        say(text)
 
 
 progress.last = time.time()
@@ -1080,9 +1071,7 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)       # M_TRIM_THRESHOLD
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures
-
+# ==== Pictures ====================================================================================
 
 def save_grid(rows: list[Tensor], path: Path):
     """Saves rows of pictures (8, 3, H, W) in [0, 1] as a PNG file."""
@@ -1129,9 +1118,7 @@ def save_masking(stage: Pretraining):
     save_grid(rows, args.out_dir / "masking.png")
 
 
-# ------------------------------------------------------------------------------------------------
-# Benchmark
-
+# ==== Benchmark ===================================================================================
 
 def benchmark(args):
     """Prints the time and the operations of a step: random masking against AMT, in turn."""
@@ -1143,7 +1130,7 @@ def benchmark(args):
     whole = [(torch.arange(B), stage.data.normalise(stage.data.train.float()))]
     rows = [("random", METHODS[args.method]["random"]),
             *(("attention", ratios) for ratios in METHODS[args.method]["amt"])]
-    times, gflop, began = [[] for _ in (*rows, "update")], [], time.perf_counter()
+    times, began = [[] for _ in (*rows, "update")], time.perf_counter()
     while len(times[-1]) < 3 or len(times[-1]) < 11 and time.perf_counter() - began < 40:
         with precision(args):
             started = time.perf_counter()

@@ -1,0 +1,129 @@
+"""Draws the pictures of the README. Needs matplotlib.
+
+    python docs/figures.py method out-shapes     # docs/method.png, from the checkpoint of a run
+    python docs/figures.py paired                # docs/paired.png, from docs/logs
+"""
+import csv
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.patches import Rectangle
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent))
+
+import amt
+import train_cifar
+
+MASKED, THROWN, VISIBLE = "#d1495b", "#8a8f98", "#2e7d5b"
+plt.rcParams.update({"font.size": 10, "figure.facecolor": "white", "savefig.dpi": 130})
+
+
+def method(out_dir: str):
+    """The path of one image through AMT: attention, ranking, split, encoder, decoder, loss."""
+    saved = torch.load(Path(out_dir) / "checkpoint.pth", weights_only=True)
+    settings = saved["settings"]
+    encoder = amt.ViT(settings["img_size"], settings["patch_size"], 192, settings["depth"], 3)
+    encoder.load_state_dict(torch.load(Path(out_dir) / "encoder.pth", weights_only=True))
+    images = train_cifar.shapes(60, seed=3)[0].float()
+    image = images[52:53]
+    mean = images.mean(dim=(0, 2, 3), keepdim=True)
+    std = images.std(dim=(0, 2, 3), keepdim=True)
+    maps = amt.masking_weights(encoder, (image - mean) / std)
+    p = settings["patch_size"]
+    h = encoder.grid_size
+    torch.manual_seed(1)
+    ranking = amt.sample_patches(maps.flatten(1))
+    masked, thrown, visible = amt.mask_and_throw(ranking, 0.45, 0.40)
+    patches = amt.patchify(image, p)[0].view(-1, p, p, 3) / 255
+
+    figure, axes = plt.subplots(figsize=(11, 4.6))
+    axes.set(xlim=(0, 11), ylim=(0, 4.6))
+    axes.axis("off")
+
+    def text(x, y, words, **kwargs):
+        axes.text(x, y, words, ha="center", va="center", **kwargs)
+
+    def arrow(x0, y0, x1, y1, words=""):
+        axes.annotate("", (x1, y1), (x0, y0), arrowprops=dict(arrowstyle="->", color="black"))
+        text((x0 + x1) / 2, (y0 + y1) / 2 + 0.16, words, family="monospace", size=8)
+
+    def show(picture, x, y, size, **kwargs):
+        axes.imshow(picture, extent=(x, x + size, y, y + size), aspect="auto", zorder=2, **kwargs)
+
+    def tile(i, x, y, size, colour, empty=False):
+        if not empty:
+            show(patches[i], x, y, size)
+        axes.add_patch(Rectangle((x, y), size, size, fill=empty, facecolor="#e8e8e8",
+                                 edgecolor=colour, linewidth=1.5, zorder=3))
+
+    show(image[0].permute(1, 2, 0) / 255, 0.1, 2.7, 1.5)
+    text(0.85, 4.4, "whole image")
+    arrow(1.65, 3.45, 3.35, 3.45, "masking_weights")
+    show(maps[0], 3.4, 2.7, 1.5, cmap="magma")
+    text(4.15, 4.4, "attention of [CLS]")
+    arrow(4.95, 3.45, 6.6, 3.45, "sample_patches")
+    text(8.7, 4.4, "ranking of the 64 patches, mask_and_throw", size=10)
+    for place, i in enumerate(ranking[0].tolist()):
+        colour = MASKED if place < masked.shape[1] else (
+            THROWN if place < masked.shape[1] + thrown.shape[1] else VISIBLE)
+        tile(i, 6.7 + 0.25 * (place % 16), 3.75 - 0.4 * (place // 16), 0.21, colour)
+    text(7.35, 2.2, f"masked, {masked.shape[1]}", color=MASKED, weight="bold")
+    text(8.8, 2.2, f"thrown, {thrown.shape[1]}", color=THROWN, weight="bold")
+    text(10.2, 2.2, f"visible, {visible.shape[1]}", color=VISIBLE, weight="bold")
+
+    for place, i in enumerate(visible[0].tolist()):
+        tile(i, 0.2 + 0.25 * (place % 5), 1.35 - 0.3 * (place // 5), 0.21, VISIBLE)
+    text(0.8, 0.35, "visible")
+    arrow(1.6, 1.2, 2.5, 1.2)
+    for x, words in [(2.55, "encoder"), (5.9, "decoder")]:
+        axes.add_patch(Rectangle((x, 0.75), 1.4, 0.9, facecolor="#f3efe4", edgecolor="black"))
+        text(x + 0.7, 1.2, words, weight="bold")
+    arrow(4.0, 1.2, 5.85, 1.2, "")
+    for place in range(6):
+        tile(0, 4.2 + 0.25 * place, 0.55, 0.21, MASKED, empty=True)
+    text(4.95, 0.3, "mask tokens with the\npositions of the masked", size=8)
+    arrow(7.35, 1.2, 8.3, 1.2)
+    for place, i in enumerate(masked[0, :15].tolist()):
+        tile(i, 8.4 + 0.25 * (place % 5), 1.35 - 0.3 * (place // 5), 0.21, MASKED)
+    text(9.0, 0.35, "predict the masked: loss", size=9)
+    text(10.3, 1.2, "thrown:\nneither seen\nnor predicted", size=9, color=THROWN)
+    figure.savefig(DOCS / "method.png", bbox_inches="tight")
+
+
+def paired():
+    """A dot for each seed: the difference of the linear probe between two runs of that seed."""
+    with open(DOCS / "logs" / "cifar10-16-epochs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    def probe(run):
+        return {row["seed"]: float(row["linear_probe"]) for row in rows if row["run"] == run}
+
+    random, control = probe("random 0.75"), probe("random 0.45/0.40 from epoch 9")
+    attention = probe("AMT from epoch 9")
+    pairs = [("throwing at random\nminus random masking", control, random),
+             ("AMT minus\nthrowing at random", attention, control),
+             ("AMT minus\nrandom masking", attention, random)]
+    figure, axes = plt.subplots(figsize=(7, 3.2))
+    for place, (name, a, b) in enumerate(pairs):
+        seeds = sorted(a.keys() & b.keys())
+        differences = torch.tensor([a[seed] - b[seed] for seed in seeds])
+        mean, error = differences.mean(), differences.std() / len(seeds) ** 0.5
+        axes.errorbar(place + 0.18, mean, error, fmt="_", color="black", capsize=4, markersize=14)
+        axes.text(place + 0.26, mean, f"{mean:+.2f} ± {error:.2f}", va="center", size=9)
+        axes.plot([place] * len(seeds), differences, "o", color=MASKED, alpha=0.8)
+        for seed, difference in zip(seeds, differences):
+            axes.text(place - 0.08, difference, seed, ha="right", va="center", size=8)
+    axes.axhline(0, color="grey", linewidth=1)
+    axes.set(xlim=(-0.4, 2.9), ylabel="points of linear probe")
+    axes.set_xticks(range(3), [name for name, _, _ in pairs])
+    figure.savefig(DOCS / "paired.png", bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    commands = {"method": method, "paired": paired}
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        sys.exit(__doc__)
+    commands[sys.argv[1]](*sys.argv[2:])
