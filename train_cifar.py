@@ -59,8 +59,9 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))        # torchrun sets these
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
 
-# Mask and throw ratio of random masking and of AMT (the first is the default), side of a masking
-# unit in patches, area of the random crops. For AMT, MaskFeat uses SimMIM's ratios.
+# (mask ratio, throw ratio) of random masking and of AMT, where the first pair is the default; the
+# side of a masking unit in patches; the range of a crop's area, as a fraction of the image's.
+# For AMT, MaskFeat uses SimMIM's ratios.
 METHODS = {
     "mae": dict(random=(0.75, 0.0), amt=[(0.45, 0.40)], unit=1, scale=(0.2, 1)),
     "simmim": dict(random=(0.60, 0.0), amt=[(0.44, 0.26), (0.33, 0.50)], unit=2, scale=(0.67, 1)),
@@ -112,9 +113,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--masking", "attention", "how patches are ranked: attention samples them by attention, "
         "attmask takes the highest attention first, mst the lowest; the others ignore attention",
         choices=amt.STRATEGIES)
-    add("--weights", "own", "what ranks patches instead of the image's own attention map: shuffled "
-        "is another image's map, uniform is 1 for each patch, debiased is the own map divided by "
-        "the mean map of the data set", choices=["own", "shuffled", "uniform", "debiased"])
+    add("--weights", "own", "the map that ranks the patches: own is the image's own attention map, "
+        "shuffled is another image's map, uniform is 1 for each patch, debiased is the own map "
+        "divided by the mean map of the data set",
+        choices=["own", "shuffled", "uniform", "debiased"])
     add("--mask-ratio", None, "fraction of patches that are masked (default with attention: 0.45 "
         "for mae, else 0.44; without: 0.75 mae, 0.60 simmim, 0.40 maskfeat)", type=float)
     add("--throw-ratio", None, "fraction of patches that are thrown (default with attention: 0.40 "
@@ -123,7 +125,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--mask-unit", None, "side of a masking unit in patches (default: 1 mae, else 2)", type=int)
     add("--update-interval", None, "epochs between updates of the attention maps (default: a tenth "
         "of --epochs)", type=int)
-    add("--epochs", 400, "epochs of pretraining; 0 with --checkpoint")
+    add("--epochs", 400, "epochs of pretraining; --checkpoint requires 0")
     add("--warmup-epochs", None, "epochs of warm-up (default: a tenth of --epochs)", type=int)
     add("--batch-size", 512, "images per process and forward pass")
     add("--accum-steps", 1, "forward passes per process and optimiser step")
@@ -174,8 +176,8 @@ def check(args, error):
         low = 0 if name in may_be_0 else 1
         if type(value) is int and value < low:
             error(f"--{name.replace('_', '-')} {value} is not allowed: give {low} or more")
-        if name.endswith("blr") and not 0 < value < math.inf:
-            error(f"--{name.replace('_', '-')} {value} is not allowed: give a number above 0")
+        if name.endswith("blr") and not 0 < value < 1e6:
+            error(f"--{name.replace('_', '-')} {value} is not allowed: give a number from 0 to 1e6")
     if DEVICE.type == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
         error(f"there are more processes than GPUs: give torchrun --nproc_per_node "
               f"{torch.cuda.device_count()}")
@@ -220,8 +222,9 @@ def main(argv: list[str] | None = None):
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     with open_out_dir(args):
         data = load_data(args)
-        check_same("training images", data.fingerprint)
-        n = len(data.train_labels if args.probe_epochs or args.finetune_epochs else data.train)
+        check_same("images", data.fingerprint)
+        labelled = args.probe_epochs or args.probe_every or args.finetune_epochs
+        n = len(data.train_labels if labelled else data.train)
         if args.global_batch > n:
             sys.exit(f"error: a step takes {args.global_batch} images, but there are only {n} "
                      f"training images: give a smaller --batch-size")
@@ -258,7 +261,7 @@ class Stage:
     scale = (0.2, 1.0)                                   # area of the random crops
     augment = False                                      # RandAugment after the crop
     warmup = 0                                           # epochs
-    encoder_checksum = None                              # of the encoder that training starts from
+    encoder_checksum = None                              # of the pretrained encoder, if any
 
     def __init__(self, args, data, name: str, prefix: str | None, model: nn.Module, optimizer,
                  blr: float, epochs: int, n: int):
@@ -267,7 +270,7 @@ class Stage:
         self.lr = blr * args.global_batch / 256
         self.epochs = epochs
         self.n = n                                       # it trains on the first n training images
-        self.steps = n // args.global_batch              # of an epoch
+        self.steps = n // args.global_batch              # per epoch
         loss = torch.zeros((), dtype=torch.float64, device=DEVICE)           # sum over this epoch
         self.run = {"step": 0, "loss": loss, "seconds": 0.0, "log": []}      # log: a row an epoch
 
@@ -275,13 +278,13 @@ class Stage:
         pass
 
     def end_epoch(self, epoch: int) -> dict[str, str]:
-        """More columns for the log, after epoch 1, 2, ..."""
+        """Returns more columns for the log. `epoch` counts from 1."""
         return {}
 
 
 class Pretraining(Stage):
     def __init__(self, args, data):
-        torch.manual_seed(args.seed)
+        torch.manual_seed(seed_of(args.seed))
         model = build_model(args).to(DEVICE)
         super().__init__(args, data, "pretraining", "", model, build_optimizer(model), args.blr,
                          args.epochs, len(data.train))
@@ -313,7 +316,9 @@ class Pretraining(Stage):
         run["update_seconds"] = time.time() - started
 
     def loss(self, ids: Tensor, images: Tensor, theta: Tensor) -> Tensor:
-        """The mean loss of crops (B, 3, H, H), 0 to 255, of the training images ids (B,)."""
+        """The mean loss of a mini-batch. `ids` (B,) are numbers of training images, `images`
+        (B, 3, H, H), 0 to 255, are crops of them, and `theta` (B, 2, 3) says where the crops lie.
+        """
         args, maps = self.args, self.run["maps"]
         unit = args.mask_unit * args.patch_size                              # in pixels
         if maps is None:                                 # all patches weigh the same
@@ -385,8 +390,8 @@ def batches(stage: Stage, step: int):
     (B, 3, H, H), 0 to 255, and their theta (B, 2, 3).
 
     A step has WORLD_SIZE * accum_steps parts of B images, and each process takes accum_steps of
-    them. The random generators are seeded with the number of the part before it is drawn. So the
-    crops, the ranking and drop path of a part do not depend on the process that computes it.
+    them. The results do not depend on which process computes a part: the random generators are
+    seeded with the number of the part before its crops, its ranking and drop path are drawn.
     """
     args = stage.args
     epoch, first = divmod(step, stage.steps)
@@ -406,7 +411,8 @@ def fit(stage: Stage):
     args, run = stage.args, stage.run
     if args.resume and stage.prefix is not None:
         load_checkpoint(stage)
-    for epoch in range(len(run["log"]), stage.epochs):   # a finished epoch has a row in the log
+    # The log has one row for each finished epoch, so its length is the number of the next one.
+    for epoch in range(len(run["log"]), stage.epochs):
         began = time.time()
         if run["step"] == epoch * stage.steps:
             run["loss"].zero_()
@@ -430,7 +436,7 @@ def fit(stage: Stage):
         mini_batches.close()
         check_finite(stage, run["loss"])                 # waits for the GPU
         run["seconds"] = time.time() - began
-        end_epoch(stage, epoch + 1)
+        finish_epoch(stage, epoch + 1)
 
 
 def train_step(stage: Stage, step: int, mini_batches):
@@ -454,8 +460,8 @@ def train_step(stage: Stage, step: int, mini_batches):
     run["step"] = step + 1
 
 
-def end_epoch(stage: Stage, epoch: int):
-    """Adds a row for the epochs 1, 2, ... to the log, prints it, and saves when it is time."""
+def finish_epoch(stage: Stage, epoch: int):
+    """Adds a row to the log, prints it, and saves when it is time. `epoch` counts from 1."""
     args, run, log = stage.args, stage.run, stage.run["log"]
     seconds = run["seconds"] - run.get("update_seconds", 0.0)    # without the update of the maps
     row = {"epoch": str(epoch), "loss": f"{run['loss'].item() / stage.steps:.5f}",
@@ -468,11 +474,11 @@ def end_epoch(stage: Stage, epoch: int):
     left = sum(float(row["seconds"]) for row in log) / epoch * (stage.epochs - epoch)
     columns = ", ".join(f"{name} {value}" for name, value in log[-1].items() if value)
     say(f"{stage.name}: {columns}, {timedelta(seconds=round(left))} left")
+    lines = [",".join(log[0]), *(",".join(row.values()) for row in log)]
+    write_file(args.out_dir / f"{stage.prefix}log.csv", ("\n".join(lines) + "\n").encode())
     due = epoch % args.save_every == 0 or epoch == stage.epochs
     if due or (stage.name == "pretraining" and stage.update_is_due(epoch)):
         save_checkpoint(stage)
-    lines = [",".join(log[0]), *(",".join(row.values()) for row in log)]
-    write_file(args.out_dir / f"{stage.prefix}log.csv", ("\n".join(lines) + "\n").encode())
 
 
 def learning_rate(stage: Stage, step: int) -> float:
@@ -534,10 +540,11 @@ class PlainAttention(TorchFunctionMode):
 # ==== Linear probe and fine-tuning ================================================================
 
 class LinearProbe(Stage):
-    """A linear layer on [CLS] of the frozen encoder, after a BatchNorm without affine."""
+    """A linear layer on [CLS] of the frozen encoder, after a BatchNorm without affine. BatchNorm
+    sees WORLD_SIZE * batch_size images, so the result depends on the number of processes."""
 
     def __init__(self, args, data, encoder: amt.ViT, epochs: int, prefix: str | None):
-        torch.manual_seed(args.seed)
+        torch.manual_seed(seed_of(args.seed))
         head = nn.Sequential(nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6),
                              nn.Linear(encoder.embed_dim, data.classes)).to(DEVICE)
         nn.init.trunc_normal_(head[1].weight, std=0.01)
@@ -588,14 +595,14 @@ class FineTuning(Stage):
     encoder (--checkpoint none) has no layer-wise learning-rate decay."""
 
     def __init__(self, args, data, pretrained: amt.ViT):
-        torch.manual_seed(args.seed)
+        torch.manual_seed(seed_of(args.seed))
         encoder = build_encoder(args, drop_path=0.1)
         encoder.load_state_dict(pretrained.state_dict())
         model = Classifier(encoder, data.classes).to(DEVICE)
         depth, decay = len(encoder.blocks), 1.0 if args.checkpoint == "none" else 0.75
 
         def lr_scale(name: str) -> float:
-            """1 for the head and the last norm. Each layer has `decay` times that of the next."""
+            """1 for the head and the last norm, and `decay` times the layer above for others."""
             if name.startswith("encoder.blocks."):
                 return decay ** (depth - int(name.split(".")[2]))
             below = name.startswith(("encoder.cls_token", "encoder.patch_embed"))
@@ -645,13 +652,12 @@ def checksum(module: nn.Module) -> int:
 def load_encoder(args) -> amt.ViT:
     """The encoder of --checkpoint: a file of this script, of timm or of MAE ({"model": ...}).
     Positions of another grid are interpolated."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed_of(args.seed))
     encoder = build_encoder(args).to(DEVICE)
     if args.checkpoint == "none":
         return encoder
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):         # is in MAE's files
-            saved = torch.load(args.checkpoint, map_location=DEVICE, weights_only=True)
+        saved = load_file(args.checkpoint)
         saved = saved.get("model", saved.get("state_dict", saved))
         saved = {name.removeprefix("module.").removeprefix("encoder."): p
                  for name, p in saved.items()}
@@ -679,7 +685,9 @@ class Images:
 
     def __init__(self, args, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]):
         self.args = args
-        self.fingerprint = zlib.crc32(train[0].contiguous().numpy(), zlib.crc32(train[1].numpy()))
+        self.fingerprint = 0
+        for x in (*train, *test):
+            self.fingerprint = zlib.crc32(x.contiguous().numpy(), self.fingerprint)
         size = [args.img_size, args.img_size]
         self.train, self.test = (v2.functional.resize(images, size).to(DEVICE).contiguous()
                                  for images, _ in (train, test))
@@ -811,7 +819,7 @@ class Files:
         self.train_labels = torch.tensor(train_labels, device=DEVICE)
         self.test_labels = torch.tensor(test_labels, device=DEVICE)
         self.classes = len(train.classes)
-        names = [f"{os.path.relpath(path, root)} {label}" for path, label in train.samples]
+        names = [f"{os.path.relpath(path, root)} {label}" for path, label in train.samples + test]
         self.fingerprint = zlib.crc32(os.fsencode("\n".join(names)))
         mean_std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=DEVICE)
         self.mean, self.std = 255 * mean_std[:, :, None, None]
@@ -820,17 +828,21 @@ class Files:
         """Yields ids (B,), pixels (B, 3, H, H), 0 to 255, and theta (B, 2, 3) of these files."""
         loader = DataLoader(
             Decoder(paths, self.args.img_size, view, augment, key), self.args.batch_size,
-            sampler=ids.tolist(), num_workers=self.args.workers, worker_init_fn=note_signals,
+            sampler=ids.tolist(), num_workers=self.args.workers, worker_init_fn=outlive_signals,
             pin_memory=DEVICE.type == "cuda",
             generator=torch.Generator())                 # else it uses up a global random number
+        failure = None
         try:
             for i, batch in enumerate(loader):
                 part, pixels, theta = (x.to(DEVICE, non_blocking=True) for x in batch)
                 yield part, pixels.permute(0, 3, 1, 2).float(), theta
-                if not isinstance(view, tuple):
+                if not isinstance(view, tuple):          # training prints its own progress
                     progress(f"read {i * self.args.batch_size} of {len(ids)} images")
         except ValueError as error:                      # a worker's own message is the last line
-            sys.exit(f"error: {str(error).splitlines()[-1].removeprefix('ValueError: ')}")
+            failure = str(error).splitlines()[-1].removeprefix("ValueError: ")
+            error.with_traceback(None)                   # the traceback keeps the workers alive
+        if failure:
+            sys.exit(f"error: {failure}")
 
     def whole(self, split: str, ids: Tensor):
         paths, view = (self.train, "whole") if split == "train" else (self.test, 0.875)
@@ -881,7 +893,7 @@ class Decoder(Dataset):
     def show(self, image: Image.Image, i: int) -> tuple[Tensor, Tensor]:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"mode {image.mode} has more than 8 bits a channel: convert it")
-        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)     # by 90 degrees, says EXIF
+        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)     # EXIF: by 90 degrees
         W, H = image.size[::-1] if turned else image.size
         if isinstance(self.view, tuple):
             g = torch.Generator().manual_seed(seed_of(self.key, i))
@@ -915,7 +927,7 @@ class Decoder(Dataset):
 # ==== Checkpoints =================================================================================
 
 def write_file(path: Path, content):
-    """Writes bytes, or a checkpoint, beside `path`, then renames: `path` is the old or new file."""
+    """Writes bytes or a checkpoint. A kill leaves either the old file or the new one, whole."""
     if RANK != 0:
         return
     if not isinstance(content, bytes):
@@ -935,6 +947,14 @@ def write_file(path: Path, content):
                  f"--out-dir. The old file is unharmed")
 
 
+def load_file(path: Path | str) -> dict:
+    """Loads a file of torch.save after checking its checksums, which torch does not."""
+    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+        raise ValueError("a checksum is wrong")
+    with torch.serialization.safe_globals([argparse.Namespace]):             # is in MAE's files
+        return torch.load(path, map_location=DEVICE, weights_only=True)
+
+
 def settings(stage: Stage) -> dict:
     """What a resumed run must share with its checkpoint: flags, images, and the encoder that a
     probe or a fine-tuning starts from. The flags of the stages after it may change."""
@@ -942,7 +962,7 @@ def settings(stage: Stage) -> dict:
             "probe_every", "compile", "benchmark"]
     flags = {name: value for name, value in vars(stage.args).items() if name not in free
              and (name.startswith(stage.name) or not name.startswith(("probe_", "finetune_")))}
-    return flags | {"training images": stage.data.fingerprint, "encoder": stage.encoder_checksum}
+    return flags | {"images": stage.data.fingerprint, "encoder": stage.encoder_checksum}
 
 
 def save_checkpoint(stage: Stage):
@@ -959,10 +979,7 @@ def save_checkpoint(stage: Stage):
 def load_checkpoint(stage: Stage):
     path = stage.args.out_dir / f"{stage.prefix}checkpoint.pth"
     try:
-        with zipfile.ZipFile(path) as file:              # torch.load does not check the CRCs
-            if file.testzip():
-                raise ValueError("a checksum is wrong")
-        saved = torch.load(path, map_location=DEVICE, weights_only=True)
+        saved = load_file(path)
         now, then = settings(stage), saved["settings"]
         differ = [f"{k} {then.get(k)} (now {now[k]})" for k in now if then.get(k) != now[k]]
         if differ:
@@ -1014,7 +1031,7 @@ def open_out_dir(args):
     """Makes --out-dir and returns an open lock file: while it is open, no second run starts."""
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
-        for path in args.out_dir.glob("*checkpoint.pth"):
+        for path in args.out_dir.glob("*.pth"):
             if not args.resume:
                 sys.exit(f"error: {path} belongs to an earlier run: continue it with --resume, or "
                          f"give another --out-dir")
@@ -1028,19 +1045,27 @@ def open_out_dir(args):
     return lock
 
 
-SIGNALS = []                            # the signals that came
+SIGNALS = {}                            # the signals that came, and when
 
 
-def note_signals(worker: int = 0):
-    """From now on `fit` stops after the step in which a signal comes. A second signal kills.
-    The processes that decode images call it too, so that they live until the end of that step."""
+def note_signals():
+    """From now on `fit` stops after the step in which a signal comes. A second signal kills, unless
+    it comes within a second: torchrun and Slurm send each signal twice."""
     def note(number, frame):
-        SIGNALS.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        SIGNALS.setdefault(number, time.time())
+        if time.time() - min(SIGNALS.values()) > 1:
+            os._exit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:       # nohup ignores SIGHUP
             signal.signal(number, note)
+
+
+def outlive_signals(worker: int):
+    """A process that decodes images lives 10 s longer than a signal: the step needs its images."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: signal.alarm(10))
 
 
 def say(text: str):
@@ -1097,7 +1122,7 @@ def save_masking(stage: Pretraining):
     shown = stage.shown() / 255
     images = data.normalise(255 * shown)
     maps = amt.masking_weights(model.encoder, images)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed_of(args.seed))
     masked, thrown, visible = stage.choose(
         amt.patchify(reweight(maps, args.weights)[:, None], args.mask_unit).sum(dim=2))
     model.eval()
@@ -1136,9 +1161,10 @@ def benchmark(args):
             started = time.perf_counter()
             maps = amt.update_maps(stage.model.encoder, whole, B)
         times[-1].append(synchronised_time() - started)
-        for i, (args.masking, (args.mask_ratio, args.throw_ratio)) in enumerate(rows):
+        for i, (masking, ratios) in enumerate(rows):
+            args.masking, (args.mask_ratio, args.throw_ratio) = masking, ratios
             started = time.perf_counter()
-            stage.run["maps"] = maps if args.masking == "attention" else None
+            stage.run["maps"] = maps if masking == "attention" else None
             stage.loss(*next(batches(stage, 0))).backward()
             stage.optimizer.step()
             stage.optimizer.zero_grad()
