@@ -1518,3 +1518,73 @@ def test_a_file_that_cannot_be_written_keeps_what_was_there(tmp_path, monkeypatc
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
     train_cifar.write_file(tmp_path / "a.pth", b"new")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"new"]
+
+
+# ---- README --------------------------------------------------------------------------------------
+
+def readme_blocks(heading):
+    """The Python code under a heading of the README."""
+    text = (Path(__file__).parent / "README.md").read_text()
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall("```python\n(.*?)```", section, re.DOTALL)
+
+
+def test_the_step_of_the_readme_trains():
+    torch.manual_seed(0)
+    names = {}
+    exec("".join(readme_blocks("One training step")), names)
+    assert all(p.grad is not None for p in names["mae"].parameters() if p.requires_grad)
+    assert [names[x].shape[1] for x in ("masked", "thrown", "visible")] == [29, 26, 9]
+
+
+def test_the_mae_of_the_readme_has_the_loss_of_ours():
+    names = {"amt": amt, "torch": torch}
+    exec(readme_blocks("Use it in your own MAE")[-1], names)
+    images = random_images(2)
+    masked, _, visible = split(2)
+    for norm_pix_loss in (False, True):
+        mae = tiny_mae(norm_pix_loss=norm_pix_loss)
+        theirs = argparse.Namespace(                     # with the names of He et al.'s class
+            **dict(mae.encoder.named_children()), **dict(mae.named_children()),
+            cls_token=mae.encoder.cls_token, pos_embed=mae.encoder.pos_embed,
+            mask_token=mae.mask_token, decoder_pos_embed=mae.decoder_pos_embed,
+            norm_pix_loss=norm_pix_loss, patchify=lambda x: amt.patchify(x, 4))
+        conv = mae.encoder.patch_embed.proj
+        theirs.patch_embed = lambda x: conv(x).flatten(2).transpose(1, 2)
+        loss, pred = names["forward"](theirs, images, visible, masked)
+        expected, expected_pred = mae(images, visible=visible, masked=masked)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(pred, expected_pred)
+
+
+def test_the_timm_code_of_the_readme_gives_timms_own_attention():
+    timm = pytest.importorskip("timm")
+    names = {}
+    for block in readme_blocks("Use it in your own MAE")[:-1]:
+        exec(block, names)
+    images = random_images(2, size=224)
+    with torch.no_grad():
+        tokens = names["vit"].eval().forward_features(images)
+        torch.testing.assert_close(names["encoder"](images), tokens, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(names["vit"].cls_attention(images),
+                                   names["encoder"].cls_attention(images), rtol=1e-4, atol=1e-5)
+    maps = amt.update_maps(names["vit"], [(torch.arange(2), images)], 2)
+    loader = torch.utils.data.DataLoader(names["Crops"](images), batch_size=2)
+    for crops, theta, ids in loader:
+        visible, masked = names["choose"](maps, theta, ids)
+        assert crops.shape == images.shape
+        assert (visible.shape[1], masked.shape[1]) == (30, 88)
+
+    sizes = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=0)
+    vit = unsettle(timm.models.vision_transformer.VisionTransformer(
+        **sizes, reg_tokens=3, qk_norm=True)).eval()
+    attention = []
+    vit.blocks[-1].attn.fused_attn = False
+    vit.blocks[-1].attn.attn_drop.register_forward_hook(lambda *args: attention.append(args[2]))
+    vit(random_images(2))
+    torch.testing.assert_close(names["cls_attention"](vit, random_images(2)),
+                               attention[0][:, :, 0, 4:])
+    vit = timm.models.vision_transformer.VisionTransformer(
+        **sizes, class_token=False, global_pool="avg")
+    with pytest.raises(ValueError, match="no .CLS. token"):
+        names["cls_attention"](vit, random_images(2))
