@@ -1537,7 +1537,7 @@ def test_the_step_of_the_readme_trains():
     assert [names[x].shape[1] for x in ("masked", "thrown", "visible")] == [29, 26, 9]
 
 
-def test_the_mae_of_the_readme_has_the_loss_of_ours():
+def test_the_mae_of_the_readme_has_the_loss_and_the_encoder_of_ours(monkeypatch):
     names = {"amt": amt, "torch": torch}
     exec(readme_blocks("Use it in your own MAE")[-1], names)
     images = random_images(2)
@@ -1555,6 +1555,9 @@ def test_the_mae_of_the_readme_has_the_loss_of_ours():
         expected, expected_pred = mae(images, visible=visible, masked=masked)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(pred, expected_pred)
+    theirs.state_dict = lambda: {**mae.state_dict(), **mae.encoder.state_dict()}
+    monkeypatch.setattr(amt, "vit_base", lambda: amt.ViT(16, 4, 24, 3, 2))
+    assert torch.equal(names["encoder_of"](theirs)(images), mae.encoder(images))
 
 
 def test_the_timm_code_of_the_readme_gives_timms_own_attention():
