@@ -625,6 +625,8 @@ HANDLERS = {number: signal.getsignal(number)
 
 @pytest.fixture(autouse=True)
 def restored_signals():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)         # nohup and background jobs ignore these
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     train_cifar.SIGNALS.clear()
     for number, handler in HANDLERS.items():
@@ -955,19 +957,18 @@ def test_each_epoch_seed_and_stage_draws_its_own_order_and_crops(where, tmp_path
 def test_randaugment_changes_each_image_in_its_own_way(where, tmp_path):
     flags = on_disk(make_pictures(tmp_path)) if where == "disk" else []
     data = train_cifar.load_data(parse(*flags))
-    equal = data.train[:1]
-    data.train = equal.expand(32, -1, -1, -1) if where == "memory" else 32 * equal
+    equal = data.train[9:10]
+    data.train = equal.expand(16, -1, -1, -1) if where == "memory" else 16 * equal
 
     def crops(augment, seed):
         torch.manual_seed(seed)                          # decides in memory; on disk the key does
-        batches = list(data.crops(torch.arange(32), (0.9, 1.0), augment, (seed, "finetune", 0)))
+        batches = list(data.crops(torch.arange(16), (0.9, 1.0), augment, (seed, "finetune", 0)))
         return [torch.cat(parts) for parts in zip(*batches)]
 
     (_, plain, theta), (_, augmented, same), (_, again, _) = crops(0, 1), crops(1, 1), crops(1, 1)
     assert torch.equal(augmented, again) and not torch.equal(augmented, crops(1, 2)[1])
-    assert where == "memory" or torch.equal(theta, same)     # RandAugment does not change the crop
-    change = (augmented.mean(dim=(1, 2, 3)) - plain.mean(dim=(1, 2, 3))).abs()
-    assert 6 < (change > 8).sum() < 28                   # some images change much, others do not
+    assert torch.equal(theta, same)                      # RandAugment does not change the crop
+    assert (augmented - plain).mean(dim=(1, 2, 3)).std() > 4     # of equal images
 
 # ---- Linear probe and fine-tuning ----------------------------------------------------------------
 

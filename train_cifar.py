@@ -1037,7 +1037,7 @@ def open_out_dir(args):
                          f"give another --out-dir")
         lock = open(args.out_dir / ".lock", "w")
         if RANK == 0:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(f"error: another run is writing to {args.out_dir}: give another --out-dir")
     except (OSError, ValueError) as error:
