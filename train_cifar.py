@@ -54,8 +54,9 @@ from torchvision.utils import save_image
 
 import amt
 
-RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))        # torchrun sets these
+RANK = int(os.environ.get("RANK", 0))                    # torchrun sets these four
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -265,8 +266,12 @@ class Stage:
 
     def __init__(self, args, data, name: str, prefix: str | None, model: nn.Module, optimizer,
                  blr: float, epochs: int, n: int):
-        self.args, self.data, self.name, self.prefix = args, data, name, prefix
-        self.model, self.optimizer = model, optimizer
+        self.args = args
+        self.data = data
+        self.name = name
+        self.prefix = prefix
+        self.model = model
+        self.optimizer = optimizer
         self.lr = blr * args.global_batch / 256
         self.epochs = epochs
         self.n = n                                       # it trains on the first n training images
@@ -289,7 +294,8 @@ class Pretraining(Stage):
         super().__init__(args, data, "pretraining", "", model, build_optimizer(model), args.blr,
                          args.epochs, len(data.train))
         self.parallel = wrap(args, model)
-        self.scale, self.warmup = METHODS[args.method]["scale"], args.warmup_epochs
+        self.scale = METHODS[args.method]["scale"]
+        self.warmup = args.warmup_epochs
         self.run |= {"maps": None, "snapshots": [], "update_seconds": 0.0, "position_share": ""}
 
     def update_is_due(self, epoch: int) -> bool:
@@ -552,7 +558,9 @@ class LinearProbe(Stage):
         optimizer = torch.optim.SGD(head.parameters(), lr=0.0, momentum=0.9)
         super().__init__(args, data, "probe", prefix, head, optimizer, args.probe_blr, epochs,
                          len(data.train_labels))
-        self.parallel, self.encoder, self.encoder_checksum = head, encoder, checksum(encoder)
+        self.parallel = head
+        self.encoder = encoder
+        self.encoder_checksum = checksum(encoder)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -569,7 +577,8 @@ class LinearProbe(Stage):
         features = self.features(images)
         all_features = torch.zeros(WORLD_SIZE, *features.shape, device=DEVICE)
         all_labels = torch.zeros(WORLD_SIZE, len(ids), dtype=torch.int64, device=DEVICE)
-        all_features[RANK], all_labels[RANK] = features, self.data.train_labels[ids]
+        all_features[RANK] = features
+        all_labels[RANK] = self.data.train_labels[ids]
         logits = self.model(all_reduce(all_features).flatten(0, 1))
         return F.cross_entropy(logits, all_reduce(all_labels).flatten())
 
@@ -582,7 +591,8 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder: amt.ViT, classes: int):
         super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(encoder.embed_dim, classes)
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.embed_dim, classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
 
@@ -599,7 +609,8 @@ class FineTuning(Stage):
         encoder = build_encoder(args, drop_path=0.1)
         encoder.load_state_dict(pretrained.state_dict())
         model = Classifier(encoder, data.classes).to(DEVICE)
-        depth, decay = len(encoder.blocks), 1.0 if args.checkpoint == "none" else 0.75
+        depth = len(encoder.blocks)
+        decay = 1.0 if args.checkpoint == "none" else 0.75
 
         def lr_scale(name: str) -> float:
             """1 for the head and the last norm, and `decay` times the layer above for others."""
@@ -611,8 +622,10 @@ class FineTuning(Stage):
         super().__init__(args, data, "finetune", "finetune-", model,
                          build_optimizer(model, 0.999, lr_scale), args.finetune_blr,
                          args.finetune_epochs, len(data.train_labels))
-        self.parallel, self.encoder_checksum = wrap(args, model), checksum(pretrained)
-        self.warmup, self.augment = self.epochs // 20, args.finetune_randaugment
+        self.parallel = wrap(args, model)
+        self.encoder_checksum = checksum(pretrained)
+        self.warmup = self.epochs // 20
+        self.augment = args.finetune_randaugment
         self.mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=data.classes),
                                     v2.CutMix(alpha=1.0, num_classes=data.classes)])
 
@@ -801,7 +814,8 @@ class Files:
     normalise = Images.normalise
 
     def __init__(self, args):
-        root, self.args = Path(args.data_path), args
+        self.args = args
+        root = Path(args.data_path)
         try:
             train = ImageFolder(root / "train")
             if args.dataset == "tiny-imagenet":          # lines of file, class and a box
@@ -874,7 +888,10 @@ class Decoder(Dataset):
 
     def __init__(self, paths: tuple, img_size: int, view, augment: bool, key: tuple):
         self.paths = np.array([os.fsencode(path) for path in paths])     # shared with the workers
-        self.img_size, self.view, self.augment, self.key = img_size, view, augment, key
+        self.img_size = img_size
+        self.view = view
+        self.augment = augment
+        self.key = key
 
     def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor]:
         path = os.fsdecode(self.paths[i])
@@ -902,7 +919,8 @@ class Decoder(Dataset):
         else:
             side = self.view * min(W, H) if self.view != "whole" else None
             width, height, x, y = (side / W, side / H, 0, 0) if side else (1, 1, 0, 0)
-        flip, width = width < 0, abs(width)
+        flip = width < 0
+        width = abs(width)
         # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop still has enough pixels.
         size = self.img_size
         reduced = max(size / (W * width), size / (H * height))
@@ -1147,8 +1165,9 @@ def save_masking(stage: Pretraining):
 
 def benchmark(args):
     """Prints the time and the operations of a step: random masking against AMT, in turn."""
-    B, args.accum_steps = args.batch_size, 1
+    B = args.batch_size
     args.global_batch = B
+    args.accum_steps = 1
     pixels = torch.randint(256, (B, 3, args.img_size, args.img_size), dtype=torch.uint8)
     images = (pixels, torch.arange(B) % 2)
     stage = Pretraining(args, Images(args, images, images))
@@ -1162,7 +1181,8 @@ def benchmark(args):
             maps = amt.update_maps(stage.model.encoder, whole, B)
         times[-1].append(synchronised_time() - started)
         for i, (masking, ratios) in enumerate(rows):
-            args.masking, (args.mask_ratio, args.throw_ratio) = masking, ratios
+            args.masking = masking
+            args.mask_ratio, args.throw_ratio = ratios
             started = time.perf_counter()
             stage.run["maps"] = maps if masking == "attention" else None
             stage.loss(*next(batches(stage, 0))).backward()
