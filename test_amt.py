@@ -26,6 +26,8 @@ from torch import nn
 import amt
 import train_cifar
 
+torch.set_num_threads(1)                                 # as in the processes that tests start
+
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
