@@ -146,8 +146,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--resume", None, "continue the run in --out-dir; repeat its flags", action="store_true")
     add("--save-every", 10, "epochs between checkpoints")
     add("--precision", None, "bf16 is autocast; fp32 allows TF32 on GPUs (default: bf16 on GPUs "
-        "that have it, else fp32)",
-        choices=["bf16", "fp32"])
+        "that have it, else fp32)", choices=["bf16", "fp32"])
     add("--compile", None, "use torch.compile", action="store_true")
     add("--benchmark", None, "only time a step: random masking against AMT", action="store_true")
 
@@ -279,6 +278,10 @@ class Stage:
         loss = torch.zeros((), dtype=torch.float64, device=DEVICE)           # sum over this epoch
         self.run = {"step": 0, "loss": loss, "seconds": 0.0, "log": []}      # log: a row an epoch
 
+    def update_is_due(self, epoch: int) -> bool:
+        """Whether the attention maps are updated before epoch 0, 1, ..."""
+        return False
+
     def start_epoch(self, epoch: int):
         pass
 
@@ -339,11 +342,12 @@ class Pretraining(Stage):
         """Indices of the masked, thrown and visible patches, by the weights of the units."""
         args = self.args
         if args.masking in USE_MAPS and self.run["maps"] is None:    # before the first update
+            ranking = amt.random_ranking(weights)
             ratios = METHODS[args.method]["random"]
-            return amt.mask_and_throw(amt.random_ranking(weights), *ratios, unit=args.mask_unit)
-        ranking = amt.STRATEGIES[args.masking](weights)
-        return amt.mask_and_throw(ranking, args.mask_ratio, args.throw_ratio, args.throw,
-                                  args.mask_unit)
+        else:
+            ranking = amt.STRATEGIES[args.masking](weights)
+            ratios = args.mask_ratio, args.throw_ratio
+        return amt.mask_and_throw(ranking, *ratios, args.throw, args.mask_unit)
 
     def end_epoch(self, epoch: int) -> dict[str, str]:
         accuracy = ""
@@ -483,7 +487,7 @@ def finish_epoch(stage: Stage, epoch: int):
     lines = [",".join(log[0]), *(",".join(row.values()) for row in log)]
     write_file(args.out_dir / f"{stage.prefix}log.csv", ("\n".join(lines) + "\n").encode())
     due = epoch % args.save_every == 0 or epoch == stage.epochs
-    if due or (stage.name == "pretraining" and stage.update_is_due(epoch)):
+    if due or stage.update_is_due(epoch):
         save_checkpoint(stage)
 
 
@@ -752,7 +756,7 @@ def download(args) -> list[tuple[Tensor, Tensor]]:
     try:
         if LOCAL_RANK == 0:
             dataset(args.data_path, download=True)
-        all_reduce(torch.zeros(1))                          # the others wait for the download
+        all_reduce(torch.zeros(1))                       # the others wait for the download
         train, test = (dataset(args.data_path, **split) for split in splits)
     except Exception as error:                           # torchvision raises many types
         sys.exit(f"error: cannot read or download {dataset.__name__} in --data-path "
@@ -910,22 +914,25 @@ class Decoder(Dataset):
     def show(self, image: Image.Image, i: int) -> tuple[Tensor, Tensor]:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"mode {image.mode} has more than 8 bits a channel: convert it")
-        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)     # EXIF: by 90 degrees
+        orientation = image.getexif().get(0x0112, 1)
+        turned = orientation in (5, 6, 7, 8)             # by 90 degrees
         W, H = image.size[::-1] if turned else image.size
         if isinstance(self.view, tuple):
             g = torch.Generator().manual_seed(seed_of(self.key, i))
             theta = amt.random_crops(1, self.view, generator=g, image_ratio=W / H)[0]
             (width, _, x), (_, height, y) = theta.tolist()
+        elif self.view == "whole":
+            width, height, x, y = 1, 1, 0, 0
         else:
-            side = self.view * min(W, H) if self.view != "whole" else None
-            width, height, x, y = (side / W, side / H, 0, 0) if side else (1, 1, 0, 0)
+            side = self.view * min(W, H)
+            width, height, x, y = side / W, side / H, 0, 0
         flip = width < 0
         width = abs(width)
         # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop still has enough pixels.
         size = self.img_size
         reduced = max(size / (W * width), size / (H * height))
-        image.draft(None, tuple(math.ceil(reduced * side) for side in image.size))
-        if turned or image.getexif().get(0x0112):
+        image.draft(None, tuple(math.ceil(reduced * pixels) for pixels in image.size))
+        if orientation != 1:
             image = ImageOps.exif_transpose(image)
         if image.mode != "RGB":
             image = image.convert("RGB")
@@ -1020,7 +1027,7 @@ def load_checkpoint(stage: Stage):
 # ==== Processes, signals, printed lines ===========================================================
 
 def all_reduce(x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
-    """Sums x over the processes, in place."""
+    """Reduces x over the processes, in place: sums it, if no other `op` is given."""
     if WORLD_SIZE > 1:
         dist.all_reduce(x, op)
     return x
@@ -1174,7 +1181,8 @@ def benchmark(args):
     whole = [(torch.arange(B), stage.data.normalise(stage.data.train.float()))]
     rows = [("random", METHODS[args.method]["random"]),
             *(("attention", ratios) for ratios in METHODS[args.method]["amt"])]
-    times, began = [[] for _ in (*rows, "update")], time.perf_counter()
+    times = [[] for _ in range(len(rows) + 1)]           # of a step by each row, and of an update
+    began = time.perf_counter()
     while len(times[-1]) < 3 or len(times[-1]) < 11 and time.perf_counter() - began < 40:
         with precision(args):
             started = time.perf_counter()

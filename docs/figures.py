@@ -33,7 +33,6 @@ def method(out_dir: str):
     std = images.std(dim=(0, 2, 3), keepdim=True)
     maps = amt.masking_weights(encoder, (image - mean) / std)
     p = settings["patch_size"]
-    h = encoder.grid_size
     torch.manual_seed(1)
     ranking = amt.sample_patches(maps.flatten(1))
     masked, thrown, visible = amt.mask_and_throw(ranking, 0.45, 0.40)
