@@ -7,7 +7,7 @@ Masked image modeling hides patches of an image and trains a vision transformer 
 Random masking ignores what is in the image. AMT uses the model's own attention. After each tenth
 of the epochs, the encoder runs on every uncropped training image, and AMT stores how much [CLS]
 attends to each patch. Until then, masking is random. In each step AMT samples a ranking of the
-patches with the stored attention as weights, so attended patches tend to come first:
+patches with the stored attention as weights. Attended patches tend to come first. The parts are:
 
     masked:  the top. The encoder does not see these patches, and the model predicts them.
     thrown:  the middle. These patches never enter the model and are not predicted.
@@ -38,9 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ------------------------------------------------------------------------------------------------
-# 1. Patches
-
+# ==== 1. Patches ==================================================================================
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cuts images (B, C, H, W) into patches (B, N, p*p*C).
@@ -90,7 +88,7 @@ def select(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def sincos_pos_embed(embed_dim: int, grid_size: int) -> Tensor:
-    """MAE's fixed 2-d sine-cosine positions (1, 1+N, D) of a square grid. Row 0 is [CLS]'s: zeros.
+    """MAE's fixed 2-d sine-cosine positions (1, 1+N, D) of a square grid; zeros for [CLS], row 0.
 
     The first half of the channels encodes the column of a patch, the second half its row. Each half
     holds D/4 sines, then D/4 cosines, at wavelengths that grow geometrically from 2 pi towards
@@ -108,9 +106,8 @@ def sincos_pos_embed(embed_dim: int, grid_size: int) -> Tensor:
     return F.pad(table, (0, 0, 1, 0)).float()[None]                          # (1, 1+N, D)
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Vision transformer. Parameters have timm's names, so checkpoints load in both directions.
-
+# ==== 2. Vision transformer =======================================================================
+# Parameters have timm's names, so checkpoints load in both directions.
 
 class PatchEmbed(nn.Module):
     """Projects patches (B, K, p*p*3) to tokens (B, K, D).
@@ -268,7 +265,7 @@ class ViT(nn.Module):
         return self.norm(x)
 
     def cls_attention(self, images: Tensor) -> Tensor:
-        """The attention (B, heads, N) of [CLS] in the last block to images (B, 3, H, H) (Eq. 3)."""
+        """The attention (B, heads, N) of [CLS] to the patches in the last block (Eq. 3)."""
         x = self.embed(images)
         for block in self.blocks[:-1]:
             x = block(x)
@@ -284,9 +281,8 @@ vit_large = partial(ViT, embed_dim=1024, depth=24, num_heads=16)
 vit_huge = partial(ViT, patch_size=14, embed_dim=1280, depth=32, num_heads=16)
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Masking weights. The weights of one image are its attention map; `maps` holds many images'.
-
+# ==== 3. Masking weights ==========================================================================
+# The weights of one image are its attention map. `maps` holds the maps of many images.
 
 @torch.no_grad()
 def masking_weights(vit: nn.Module, images: Tensor) -> Tensor:
@@ -335,9 +331,7 @@ def update_maps(vit: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], n: int
     return maps
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Crops of images and of weights
-
+# ==== 4. Crops of images and of weights ===========================================================
 
 def random_crops(n: int, scale: tuple[float, float] = (0.2, 1.0),
                  ratio: tuple[float, float] = (3 / 4, 4 / 3),
@@ -397,9 +391,7 @@ def crop_weights(maps: Tensor, theta: Tensor, img_size: int, patch_size: int) ->
     return patchify(x, patch_size).sum(dim=2)                                # P_A: (B, N)
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Ranking
-
+# ==== 5. Ranking ==================================================================================
 
 def sample_patches(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draws a ranking M (B, N), int64, of N patches with weights (B, N) (Eq. 5).
@@ -424,9 +416,7 @@ def sample_patches(weights: Tensor, generator: torch.Generator | None = None) ->
     return (log_w - E.log()).argsort(dim=1, descending=True)                 # Eq. 5
 
 
-# ------------------------------------------------------------------------------------------------
-# 6. Masking and throwing
-
+# ==== 6. Masking and throwing =====================================================================
 
 def mask_and_throw(ranking: Tensor, mask_ratio: float, throw_ratio: float = 0.0,
                    throw: str = "middle", unit: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -479,10 +469,8 @@ def expand_units(units: Tensor, grid_size: int, unit: int) -> Tensor:
     return members[units].flatten(1)                                         # (B, K*u*u)
 
 
-# ------------------------------------------------------------------------------------------------
-# 7. Models: MAE, SimMIM, MaskFeat. Each holds an encoder. The index sets are keyword arguments, so
-# that they cannot be swapped by mistake.
-
+# ==== 7. Models: MAE, SimMIM, MaskFeat ============================================================
+# Each holds an encoder. The index sets are keyword arguments, so nobody swaps them by mistake.
 
 class MAE(nn.Module):
     """Masked autoencoder (He et al., 2022): a deep encoder and a light decoder.
@@ -547,7 +535,7 @@ def hog(images: Tensor, patch_size: int, bins: int = 9) -> Tensor:
     a pixel adds the length of its gradient to the bin of its orientation, one of `bins` equal parts
     of 180 degrees, and the histogram is divided by its l2 norm. The four cells of a patch are
     ordered row by row, and the histograms of a cell by channel. Gradients are central differences,
-    so at the edge of a patch they depend on the neighbouring patches, also on thrown ones. Give
+    so at the edge of a patch they depend on the neighbouring patches, including thrown ones. Give
     float32 images: half precision is too coarse. Raises ValueError if p is odd or does not divide H
     and W.
     """
@@ -620,10 +608,9 @@ class SimMIM(nn.Module):
         return loss, pred
 
 
-# ------------------------------------------------------------------------------------------------
-# 8. Other strategies. Each has the arguments of `sample_patches` and returns a ranking (B, N).
-# `random_ranking`, `grid_wise` and `block_wise` use only the shape and the device of the weights.
-
+# ==== 8. Other strategies =========================================================================
+# Each has the arguments of `sample_patches` and returns a ranking (B, N). Of the weights,
+# `random_ranking`, `grid_wise` and `block_wise` use only the shape and the device.
 
 def random_ranking(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Ranks uniformly at random: He et al., 2022 (MAE), Xie et al., 2022 (SimMIM)."""
@@ -699,9 +686,7 @@ STRATEGIES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# 9. One training step
-
+# ==== 9. One training step ========================================================================
 
 def training_step(model: nn.Module, images: Tensor, theta: Tensor, maps: Tensor | None,
                   mask_ratio: float = 0.45, throw_ratio: float = 0.40, unit: int = 1,

@@ -110,7 +110,7 @@ def test_an_error_names_the_argument_that_does_not_fit(call, message):
         call()
 
 
-# ---- 1. Patches ----------------------------------------------------------------------------------
+# ==== 1. Patches ==================================================================================
 
 def test_patchify_orders_patches_and_pixels_by_row_and_unpatchify_inverts_it():
     images = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
@@ -135,7 +135,7 @@ def test_pos_embed_is_the_table_of_mae():
         torch.testing.assert_close(table[0, 1 + 3 * row + column], torch.tensor(expected))
 
 
-# ---- 2. Vision transformer -----------------------------------------------------------------------
+# ==== 2. Vision transformer =======================================================================
 
 def torch_layer(block):
     """PyTorch's own transformer layer, with the parameters of a Block."""
@@ -235,7 +235,7 @@ def test_drop_path_skips_branches_of_whole_images_in_training_and_keeps_the_mean
     assert [b.drop_path for b in tiny_vit(drop_path=0.2).blocks] == [0, 0.1, 0.2]
 
 
-# ---- 3. Masking weights --------------------------------------------------------------------------
+# ==== 3. Masking weights ==========================================================================
 
 def torch_attention(layer, x):
     """The attention (B, heads, T) of the first token, from PyTorch's own layer."""
@@ -288,7 +288,7 @@ def test_update_maps_puts_each_map_at_the_index_of_its_image_and_shares_sum_to_t
     assert torch.equal(shares, maps)
 
 
-# ---- 4. Crops of images and of weights -----------------------------------------------------------
+# ==== 4. Crops of images and of weights ===========================================================
 
 @pytest.mark.parametrize("image_ratio", [1.0, 0.5, 3.0])
 def test_random_crops_have_the_distribution_of_random_resized_crop(image_ratio):
@@ -353,7 +353,7 @@ def test_each_weight_lies_on_the_patch_that_shows_what_the_weight_was_measured_o
     assert (weights - expected).abs().max() < p / 4      # a pixel is not a point
 
 
-# ---- 5. Ranking ----------------------------------------------------------------------------------
+# ==== 5. Ranking ==================================================================================
 
 def assert_distribution(rankings, probability):
     """Pearson's chi-square test of rankings (n, N) and the probability of each permutation."""
@@ -384,7 +384,7 @@ def test_sample_patches_draws_in_proportion_to_the_weights_and_zeros_last(weight
     assert_distribution(rankings, probability)
 
 
-# ---- 6. Masking and throwing ---------------------------------------------------------------------
+# ==== 6. Masking and throwing =====================================================================
 
 @pytest.mark.parametrize("N, mask_ratio, throw_ratio, counts", [
     (196, 0.45, 0.40, (88, 78, 30)), (196, 0.75, 0.0, (147, 0, 49)), (64, 0.45, 0.40, (29, 26, 9)),
@@ -411,7 +411,7 @@ def test_units_are_squares_of_patches_numbered_row_by_row(h, unit):
     assert torch.equal(of_patches, patches.flatten(1))
 
 
-# ---- 7. Models: MAE, SimMIM, MaskFeat ------------------------------------------------------------
+# ==== 7. Models: MAE, SimMIM, MaskFeat ============================================================
 
 def literal_model(name, model, images, visible, masked):
     """The published models, one image at a time, tokens in order. Thrown ones are taken out last.
@@ -507,7 +507,7 @@ def test_hog_equals_scikit_images():
     np.testing.assert_allclose(amt.hog(image, 8)[0], cells_to_patches(theirs[:, :, 0]), atol=1e-7)
 
 
-# ---- 8. Other strategies -------------------------------------------------------------------------
+# ==== 8. Other strategies =========================================================================
 
 @pytest.mark.parametrize("N", [16, 49, 196])
 @pytest.mark.parametrize("name", amt.STRATEGIES)
@@ -562,7 +562,7 @@ def test_block_wise_ranks_rectangles_of_the_right_shapes_each_from_its_centre():
     assert (ranking[:, -3:].diff(dim=1) > 0).all(dim=1).float().mean() < 0.3     # 1/6 at random
 
 
-# ---- 9. One training step ------------------------------------------------------------------------
+# ==== 9. One training step ========================================================================
 
 @pytest.mark.parametrize("name, with_maps, n_masked, n_thrown, unit, given", [
     ("mae", True, 7, 6, 1, {}),                          # AMT's 0.45 and 0.40 are the defaults
@@ -610,7 +610,7 @@ def test_training_step_masks_what_the_map_of_each_image_of_a_loader_marks():
         assert gap > 0.05                                # the thrown patches lie between
 
 
-# ---- train_cifar.py: helpers ---------------------------------------------------------------------
+# ==== train_cifar.py: helpers =====================================================================
 
 # Six epochs of two steps. A step has two mini-batches. New maps come before epochs 3 and 5.
 SMALL = ("--dataset shapes --num-images 70 --img-size 32 --patch-size 8 --depth 1 --blr 4e-3 "
@@ -764,7 +764,7 @@ def finished(tmp_path_factory):
     """The directory of a run from its beginning to its end. Tests read it and never write it."""
     return run(tmp_path_factory.mktemp("finished"), *ALL_STAGES)
 
-# ---- Flags ---------------------------------------------------------------------------------------
+# ==== Flags =======================================================================================
 
 @pytest.mark.parametrize("flags, words", [
     (["--patch-size", 5], "5.*32.*--patch-size"),
@@ -796,7 +796,7 @@ def test_a_method_has_the_ratios_and_units_of_the_paper(method, unit, low, rando
     assert (args.update_interval, args.warmup_epochs, args.patch_size) == (40, 40, 4)
     assert train_cifar.parse_args(["--dataset", "folder", "--model", "vit_huge"]).patch_size == 14
 
-# ---- Pretraining ---------------------------------------------------------------------------------
+# ==== Pretraining =================================================================================
 
 def test_a_run_writes_its_files(finished):
     assert {path.name for path in finished.iterdir()} == {
@@ -914,7 +914,7 @@ def test_only_the_matrices_of_linear_layers_have_weight_decay():
     assert decay == {p: 0.05 * (p in matrices) for p in model.parameters() if p.requires_grad}
     assert optimizer.defaults["betas"] == (0.9, 0.95)
 
-# ---- Mini-batches --------------------------------------------------------------------------------
+# ==== Mini-batches ================================================================================
 
 class Drawing(train_cifar.Stage):
     """A stage that learns nothing. It notes its draws and its gradients."""
@@ -972,7 +972,7 @@ def test_randaugment_changes_each_image_in_its_own_way(where, tmp_path):
     assert torch.equal(theta, same)                      # RandAugment does not change the crop
     assert (augmented - plain).mean(dim=(1, 2, 3)).std() > 4     # of equal images
 
-# ---- Linear probe and fine-tuning ----------------------------------------------------------------
+# ==== Linear probe and fine-tuning ================================================================
 
 class ColourEncoder(nn.Module):
     """[CLS] is the mean colour, shifted and scaled so that only a BatchNorm makes it fit."""
@@ -1085,7 +1085,7 @@ def test_encoders_of_each_kind_load(kind, tmp_path):
     line = error(tmp_path / "out", *flags, "--depth", 2)
     assert re.search("--checkpoint .* does not load as a ViT .*Missing key.*blocks.1.attn", line)
 
-# ---- Pictures, benchmark, printed lines ----------------------------------------------------------
+# ==== Pictures, benchmark, printed lines ==========================================================
 
 def tiles(path):
     """The pictures (rows, columns, 3, 32, 32), 0 to 255, of a grid."""
@@ -1168,7 +1168,7 @@ def test_a_line_is_printed_each_minute_and_the_log_counts_each_second_once(tmp_p
     lines = re.findall(r"epoch (\d) of 6, step (\d) of 2", capsys.readouterr().out)
     assert lines == [("2", "1"), ("3", "1"), ("4", "2"), ("5", "1"), ("6", "2")]
 
-# ---- Data sets -----------------------------------------------------------------------------------
+# ==== Data sets ===================================================================================
 
 def picture(width, height, seed=0):
     """A smooth random image. No two places in it look alike."""
@@ -1372,7 +1372,7 @@ def test_neither_the_outline_nor_the_texture_of_a_shape_tells_its_class():
         far = ((textures[c] - textures[:5]).abs() * both).sum(dim=(1, 2)) / both.sum(dim=(1, 2))
         assert far.argmin() == (c + 1) % 5               # has the texture of another class
 
-# ---- Runs that are stopped, and several processes ------------------------------------------------
+# ==== Runs that are stopped, and several processes ================================================
 
 @pytest.mark.parametrize("kind, call, number, given, prefix, step", [
     ("Pretraining", 13, signal.SIGTERM, [], "", 7),      # in the middle of epoch 4
@@ -1523,7 +1523,7 @@ def test_a_file_that_cannot_be_written_keeps_what_was_there(tmp_path, monkeypatc
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"new"]
 
 
-# ---- README --------------------------------------------------------------------------------------
+# ==== README ======================================================================================
 
 def readme_blocks(heading):
     """The Python code under a heading of the README."""
