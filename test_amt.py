@@ -808,13 +808,17 @@ def test_a_run_writes_its_files(finished):
         state = load(finished / f"{prefix}checkpoint.pth")["model"]
         state = {k.removeprefix("encoder."): p for k, p in state.items()}
         assert all(torch.equal(state[name], p) for name, p in weights.items())
-    more = [["update_seconds", "position_share", "probe_accuracy"], *2 * [["test_accuracy"]]]
+    more = [["update_seconds", "position_share", "probe_accuracy"],
+            ["test_accuracy", "cached_accuracy"], ["test_accuracy"]]
     for prefix, epochs, names in zip(PREFIXES, ([*range(1, 7)], [1, 2], [1, 2]), more):
         header = ["epoch", "loss", "lr", "images_per_second", "seconds", *names]
         assert [*rows(finished, prefix)[0]] == header
         assert column(finished, "epoch", prefix) == epochs
     assert [x is None for x in column(finished, "probe_accuracy")] == [True, True, False] * 2
-    assert [x is None for x in column(finished, "test_accuracy", "probe-")] == [True, False]
+    for name in ("test_accuracy", "cached_accuracy"):
+        assert [x is None for x in column(finished, name, "probe-")] == [True, False]
+    # No step of pretraining follows the last row, so both probed the same encoder.
+    assert rows(finished)[-1]["probe_accuracy"] == rows(finished, "probe-")[-1]["cached_accuracy"]
     assert all(5 < x < 40 for x in column(finished, "test_accuracy", "finetune-"))
     assert column(finished, "loss")[-1] < column(finished, "loss")[0] - 0.08
 
@@ -1000,14 +1004,18 @@ def test_the_probe_trains_a_linear_layer_alone_and_counts_each_test_image_once(t
     labels[36] = 1                                       # is wrong: 36 of 37 are right
     data = train_cifar.Images(args, colours(200), (images, labels))
     encoder = ColourEncoder().train()
-    probe = train_cifar.LinearProbe(args, data, encoder, 10, "probe-")
+    args.probe_epochs = 10
+    probe = train_cifar.LinearProbe(args, data, encoder)
     train_cifar.fit(probe)
     assert column(tmp_path, "test_accuracy", "probe-")[-1] == round(100 * 36 / 37, 2)
+    assert column(tmp_path, "cached_accuracy", "probe-")[-1] == round(100 * 36 / 37, 2)
     assert encoder.scale.item() == 1 and encoder.scale.grad is None
     assert set(load(tmp_path / "probe-checkpoint.pth")["model"]) == {
         "0.running_mean", "0.running_var", "0.num_batches_tracked", "1.weight", "1.bias"}
-    train, test = torch.cat(encoder.seen[:120]), torch.cat(encoder.seen[120:])
-    torch.testing.assert_close(test, data.normalise(images.float()))         # whole images
+    # 120 steps on crops, then whole images: the test images, and for the cached probe all images.
+    train, whole = torch.cat(encoder.seen[:120]), torch.cat(encoder.seen[120:])
+    pixels = torch.cat([images, data.train, images]).float()
+    torch.testing.assert_close(whole, data.normalise(pixels))
     rise = (train[:, :, :, -1] - train[:, :, :, 0]).sum(dim=(1, 2))
     assert (rise > 0).float().mean().item() == pytest.approx(0.5, abs=0.06)  # flips
     assert rise.abs().std() > 0.1 * rise.abs().mean()    # crops
@@ -1377,8 +1385,7 @@ def test_neither_the_outline_nor_the_texture_of_a_shape_tells_its_class():
 @pytest.mark.parametrize("kind, call, number, given, prefix, step", [
     ("Pretraining", 13, signal.SIGTERM, [], "", 7),      # in the middle of epoch 4
     ("Pretraining", 8, signal.SIGINT, [], "", 4),        # at the end of epoch 2, before new maps
-    ("LinearProbe", 1, signal.SIGHUP, [], "", 6),        # in the probe after epoch 3
-    ("LinearProbe", 6, signal.SIGTERM, [""], "probe-", 3),
+    ("LinearProbe", 5, signal.SIGHUP, [""], "probe-", 3),
     ("FineTuning", 3, signal.SIGINT, ["", "probe-"], "finetune-", 2)])
 def test_a_run_that_a_signal_stops_ends_as_an_unbroken_one_once_resumed(
         kind, call, number, given, prefix, step, finished, tmp_path, monkeypatch, capsys):
