@@ -1,24 +1,22 @@
 """AMT: attention-driven masking and throwing for masked image modeling.
 
-Zhengqi Liu, Jie Gui, Hao Luo. Good Helper Is around You: Attention-Driven Masked Image Modeling.
-AAAI 2023. https://arxiv.org/abs/2211.15362
+Liu, Gui and Luo. Good Helper Is around You: Attention-Driven Masked Image Modeling. AAAI 2023.
+https://arxiv.org/abs/2211.15362
 
 Masked image modeling hides patches of an image and trains a vision transformer to predict them.
 Random masking ignores what is in the image. AMT uses the model's own attention. After each tenth
 of the epochs, the encoder runs on every uncropped training image, and AMT stores how much [CLS]
-attends to each patch. Until then, masking is random. In each step AMT samples a ranking of the
-patches with the stored attention as weights. Attended patches tend to come first. The parts are:
+attends to each patch. In each step AMT samples a ranking of the patches, with the stored attention
+as weights, so attended patches tend to come first. The ranking is split into three parts:
 
     masked:  the top. The encoder does not see these patches, and the model predicts them.
     thrown:  the middle. These patches never enter the model and are not predicted.
     visible: the rest. The encoder sees these patches.
 
 The most attended patches tend to show the object, so they are worth predicting. The next ones are
-thrown because they would make the prediction too easy, and because each patch costs time.
-
-One idea organises this file: every masking strategy produces a ranking M of the N patches, and
-masking and throwing is a split of that ranking. A model takes two sets of patch indices, `visible`
-and `masked`, and does not know how they were chosen.
+thrown because they would make the prediction too easy, and because each patch costs time. Before
+the first attention is stored, the ranking is random. Every masking strategy in this file is such a
+ranking. A model takes two sets of patch indices and does not know how they were chosen.
 
     1. Patches                               5. Ranking (Eq. 5)
     2. Vision transformer (Eq. 1, Eq. 3)     6. Masking and throwing (Eq. 6, Algorithm 1)
@@ -59,18 +57,14 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     """Puts the patches (B, N, p*p*C) of square images together: (B, C, H, H) with H = p sqrt(N).
 
-    The inverse of `patchify`. Raises ValueError if N is not a square number or if p*p does not
-    divide the length of a patch.
+    The inverse of `patchify`. Raises ValueError if N is not a square number.
     """
-    B, N, L = patches.shape
+    B, N, _ = patches.shape
     p = patch_size
     h = square_side(N)
-    if p < 1 or L % (p * p):
-        raise ValueError(f"patches {tuple(patches.shape)} are not of {p}x{p} pixels: give "
-                         f"(B, N, p*p*C)")
-    x = patches.reshape(B, h, h, p, p, L // (p * p))
+    x = patches.reshape(B, h, h, p, p, -1)
     x = x.permute(0, 5, 1, 3, 2, 4)                                          # (B, C, h, p, h, p)
-    return x.reshape(B, L // (p * p), h * p, h * p)
+    return x.reshape(B, -1, h * p, h * p)
 
 
 def square_side(N: int) -> int:
@@ -165,17 +159,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block from tokens (B, T, D) to tokens (B, T, D).
+    """Pre-norm transformer block from tokens (B, T, D) to tokens (B, T, D)."""
 
-    In training, each of the two branches is skipped for an image with probability `drop_path`
-    (stochastic depth: Huang et al., 2016). Raises ValueError if `drop_path` is not in [0, 1).
-    """
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
         super().__init__()
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path {drop_path} is not allowed: choose a probability that is "
-                             f"at least 0 and less than 1")
         hidden_dim = int(dim * mlp_ratio)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
@@ -185,17 +172,10 @@ class Block(nn.Module):
             act=nn.GELU(),
             fc2=nn.Linear(hidden_dim, dim),
         ))
-        self.drop_path = drop_path
-
-    def drop(self, branch: Tensor) -> Tensor:
-        if not self.training or self.drop_path == 0:
-            return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
-        return branch * kept / (1 - self.drop_path)      # the division keeps the mean
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop(self.attn(self.norm1(x)))
-        return x + self.drop(self.mlp(self.norm2(x)))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
 
 
 def init_weights(module: nn.Module):
@@ -211,13 +191,12 @@ class ViT(nn.Module):
 
     `state_dict()` loads into timm's VisionTransformer(num_classes=0) of the same size, and timm's
     loads here; both models then give the same tokens. `pos_embed` is a parameter that is not
-    trained. Drop path rises linearly from 0 in the first block to `drop_path` in the last one.
+    trained.
     Raises ValueError if p does not divide img_size, or if num_heads or 4 does not divide embed_dim.
     """
 
     def __init__(self, img_size: int = 224, patch_size: int = 16, embed_dim: int = 768,
-                 depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0,
-                 drop_path: float = 0.0):
+                 depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0):
         super().__init__()
         if patch_size < 1 or img_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide img_size {img_size}: "
@@ -231,8 +210,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(
             sincos_pos_embed(embed_dim, self.grid_size), requires_grad=False)
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, drop_path * i / max(depth - 1, 1))
-            for i in range(depth))
+            Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         init_weights(self)
 
@@ -430,18 +408,15 @@ def mask_and_throw(ranking: Tensor, mask_ratio: float, throw_ratio: float = 0.0,
         MAE, unit 1:     random 0.75 and 0;   AM (no throwing) 0.75 and 0;   AMT 0.45 and 0.40
         SimMIM, unit 2:  random 0.60 and 0;   AMT 0.44 and 0.26, or 0.33 and 0.50
 
-    Raises ValueError if a ratio is outside [0, 1), if nothing would be masked or nothing visible,
-    or if `throw` is another word.
+    Raises ValueError if no patch would be masked or none visible, or if `throw` is another word.
     """
     N = ranking.shape[1]
-    given = f"of N = {N} patches or units, mask_ratio {mask_ratio} and throw_ratio {throw_ratio}"
-    if not (0 <= mask_ratio < 1 and 0 <= throw_ratio < 1):
-        raise ValueError(f"{given}: each ratio must be at least 0 and less than 1")
     n_masked = round(N * mask_ratio)
     n_thrown = round(N * throw_ratio)
     n_visible = N - n_masked - n_thrown
-    if n_masked < 1 or n_visible < 1:
-        raise ValueError(f"{given} make {n_masked} masked, {n_thrown} thrown, {n_visible} visible: "
+    if n_masked < 1 or n_thrown < 0 or n_visible < 1:
+        raise ValueError(f"mask_ratio {mask_ratio} and throw_ratio {throw_ratio} of N = {N} patches "
+                         f"or units make {n_masked} masked, {n_thrown} thrown, {n_visible} visible: "
                          f"at least one must be masked and one visible")
     if throw == "middle":                                                    # Eq. 6
         masked, thrown, visible = ranking.split([n_masked, n_thrown, n_visible], dim=1)
@@ -648,31 +623,29 @@ def block_wise(weights: Tensor, generator: torch.Generator | None = None) -> Ten
     """Ranks rectangle by rectangle: after Bao et al., 2022 (BEiT).
 
     Each rectangle has about 0.08 to 0.4 of the patches and an aspect ratio between 0.3 and 1 / 0.3.
-    Its patches are ranked from the centre outwards, so if the mask ratio ends inside a rectangle,
-    only its central part is masked.
+    Within a rectangle, patches are ranked row by row.
     Raises ValueError if N is not a square number.
     """
     B, N = weights.shape
     h = square_side(N)
-    n_blocks = 64                                        # patches outside all 64 come last
+    n_blocks = 64                                        # enough to cover almost the whole image
 
-    def rand(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, device=weights.device)
+    def rand() -> Tensor:
+        return torch.rand(B, n_blocks, 1, generator=generator, device=weights.device)
 
-    area = (0.08 + 0.32 * rand(B, n_blocks)) * N
-    aspect = 0.3 ** (2 * rand(B, n_blocks) - 1)
-    sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()])    # (2, B, n_blocks)
-    sides = sides.round().clamp(1, h)                                        # height and width
-    start = (rand(2, B, n_blocks) * (h - sides + 1)).floor()                 # top and left
-    line = torch.arange(h, device=weights.device) + 0.5
-    centre = torch.cartesian_prod(line, line).T[:, None, None]               # (2, 1, 1, N)
-    middle = (start + sides / 2)[..., None]                                  # (2, B, n_blocks, 1)
-    offset = (centre - middle) / sides[..., None]        # of a patch from a rectangle's middle
-    inside = (offset.abs() < 0.5).all(dim=0)                                 # (B, n_blocks, N)
-    distance = offset.square().sum(dim=0)                # less than 1 inside
-    block = torch.arange(n_blocks, device=weights.device)[:, None]           # (n_blocks, 1)
-    rank = torch.where(inside, block + distance, n_blocks + rand(B, 1, N))
-    return rank.amin(dim=1).argsort(dim=1, stable=True)  # a patch belongs to its first rectangle
+    area = (0.08 + 0.32 * rand()) * N
+    aspect = 0.3 ** (2 * rand() - 1)
+    height = (area * aspect).sqrt().round().clamp(1, h)                      # (B, n_blocks, 1)
+    width = (area / aspect).sqrt().round().clamp(1, h)
+    top = (rand() * (h - height + 1)).floor()
+    left = (rand() * (h - width + 1)).floor()
+    place = torch.arange(N, device=weights.device)
+    row, column = place // h, place % h                                      # (N,)
+    inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
+    number = torch.arange(n_blocks, device=weights.device)[:, None]          # (n_blocks, 1)
+    # A patch belongs to the first rectangle that contains it. Patches in no rectangle come last.
+    first = torch.where(inside, number, n_blocks).amin(dim=1)                # (B, N)
+    return first.argsort(dim=1, stable=True)
 
 
 # A strategy is called as STRATEGIES["block"](weights, generator).

@@ -49,6 +49,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
+from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
@@ -383,9 +384,8 @@ def build_model(args) -> nn.Module:
                    args.decoder_embed_dim // 32, norm_pix_loss=True)
 
 
-def build_encoder(args, **kwargs) -> amt.ViT:
-    if args.depth:
-        kwargs["depth"] = args.depth
+def build_encoder(args) -> amt.ViT:
+    kwargs = {"depth": args.depth} if args.depth else {}
     return getattr(amt, args.model)(img_size=args.img_size, patch_size=args.patch_size, **kwargs)
 
 
@@ -648,8 +648,9 @@ class FineTuning(Stage):
 
     def __init__(self, args, data, pretrained: amt.ViT):
         torch.manual_seed(seed_of(args.seed))
-        encoder = build_encoder(args, drop_path=0.1)
+        encoder = build_encoder(args)
         encoder.load_state_dict(pretrained.state_dict())
+        add_drop_path(encoder, 0.1)
         model = Classifier(encoder, data.classes).to(DEVICE)
         depth = len(encoder.blocks)
         decay = 1.0 if args.checkpoint == "none" else 0.75
@@ -683,6 +684,18 @@ class FineTuning(Stage):
 
     def end_epoch(self, epoch: int) -> dict[str, str]:
         return {"test_accuracy": accuracy(self)}
+
+
+def add_drop_path(encoder: amt.ViT, rate: float):
+    """In training, the attention and the MLP of a block are skipped for some images (stochastic
+    depth). The probability rises linearly from 0 in the first block to `rate` in the last one."""
+    def skip(p: float):
+        return lambda module, _, x: stochastic_depth(x, p, "row", module.training)
+
+    depth = len(encoder.blocks)
+    for i, block in enumerate(encoder.blocks):
+        for branch in (block.attn, block.mlp):
+            branch.register_forward_hook(skip(rate * i / max(depth - 1, 1)))
 
 
 @torch.no_grad()
