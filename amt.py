@@ -4,24 +4,21 @@ Liu, Gui and Luo. Good Helper Is around You: Attention-Driven Masked Image Model
 https://arxiv.org/abs/2211.15362
 
 Masked image modeling hides patches of an image and trains a vision transformer to predict them.
-Random masking ignores what is in the image. AMT uses the model's own attention. After each tenth
-of the epochs, the encoder runs on every uncropped training image, and AMT stores how much [CLS]
-attends to each patch. In each step AMT samples a ranking of the patches, with the stored attention
-as weights, so attended patches tend to come first. The ranking is split into three parts:
+Random masking ignores what is in the image. AMT uses the model's own attention. Every tenth of the
+training, the encoder runs on all uncropped training images, and AMT stores how much [CLS] attends
+to each patch. In each step AMT draws a random ranking of the patches of each image. Patches with
+more attention tend to come first. The ranking is split into three parts:
 
     masked:  the top. The encoder does not see these patches, and the model predicts them.
     thrown:  the middle. These patches never enter the model and are not predicted.
     visible: the rest. The encoder sees these patches.
 
 The most attended patches tend to show the object, so they are worth predicting. The next ones are
-thrown because they would make the prediction too easy, and because each patch costs time. Before
-the first attention is stored, the ranking is random. Every masking strategy in this file is such a
-ranking. A model takes two sets of patch indices and does not know how they were chosen.
+thrown. They would make the prediction too easy, and each patch costs time. Before the first
+attention is stored, masking is random, and no patches are thrown.
 
-    1. Patches                               5. Ranking (Eq. 5)
-    2. Vision transformer (Eq. 1, Eq. 3)     6. Masking and throwing (Eq. 6, Algorithm 1)
-    3. Masking weights (Eq. 4)               7. Models: MAE, SimMIM, MaskFeat (Eq. 2)
-    4. Crops of images and of weights        8. Other strategies    9. One training step
+Every masking strategy in this file is a ranking of the patches. A model takes two sets of patch
+indices and does not know how they were chosen.
 
 Letters in shapes: B images, C channels, H x W pixels, p patch size in pixels, h x w patch grid,
 N = h * w patches, K patches of a subset, L length of a patch's vector, T tokens, D width, d width
@@ -85,7 +82,7 @@ def sincos_pos_embed(embed_dim: int, grid_size: int) -> Tensor:
     """MAE's fixed 2-d sine-cosine positions (1, 1+N, D) of a square grid; zeros for [CLS], row 0.
 
     The first half of the channels encodes the column of a patch, the second half its row. Each half
-    holds D/4 sines, then D/4 cosines, at wavelengths that grow geometrically from 2 pi towards
+    holds D/4 sines, then D/4 cosines. The wavelengths grow geometrically from 2 pi to almost
     10000 * 2 pi patches. Raises ValueError if 4 does not divide D.
     """
     if embed_dim % 4:
@@ -115,6 +112,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, patches: Tensor) -> Tensor:
+        # Brings the pixels into the order of patchify.
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)             # (D, p*p*3)
         return F.linear(patches, weight, self.proj.bias)
 
@@ -146,8 +144,8 @@ class Attention(nn.Module):
         """The attention (B, heads, N) of [CLS] to the patches, from tokens (B, T, D) (Eq. 3).
 
         [CLS] is the first token. The first `num_prefix_tokens` tokens are not patches: [CLS] and,
-        in some models, a distillation token or registers. The softmax includes them; the result
-        leaves them out, so a row sums to less than 1. Only the row of [CLS] is computed.
+        in some models, registers. The softmax includes these tokens, and the result leaves them
+        out. So a row sums to less than 1.
         """
         w_q, w_k, _ = self.qkv.weight.chunk(3)
         b_q, b_k, _ = self.qkv.bias.chunk(3)
@@ -189,9 +187,8 @@ def init_weights(module: nn.Module):
 class ViT(nn.Module):
     """Vision transformer (Dosovitskiy et al., 2021) for square RGB images, as MAE pretrains it.
 
-    `state_dict()` loads into timm's VisionTransformer(num_classes=0) of the same size, and timm's
-    loads here; both models then give the same tokens. `pos_embed` is a parameter that is not
-    trained.
+    Checkpoints of timm's VisionTransformer(num_classes=0) load here, and checkpoints of this class
+    load there. Both models then give the same tokens. `pos_embed` is not trained.
     Raises ValueError if p does not divide img_size, or if num_heads or 4 does not divide embed_dim.
     """
 
@@ -259,26 +256,23 @@ vit_large = partial(ViT, embed_dim=1024, depth=24, num_heads=16)
 vit_huge = partial(ViT, patch_size=14, embed_dim=1280, depth=32, num_heads=16)
 
 
-# ==== 3. Masking weights ==========================================================================
-# The weights of one image are its attention map. `maps` holds the maps of many images.
+# ==== 3. Attention maps ===========================================================================
+# A map (h, w) belongs to a whole image. Weights (N,) belong to the patches of a crop.
 
 @torch.no_grad()
-def masking_weights(vit: nn.Module, images: Tensor) -> Tensor:
-    """The masking weights a_w (B, h, w) of whole images (B, 3, H, H), float32, in [0, 1] (Eq. 4).
+def attention_maps(vit: nn.Module, images: Tensor) -> Tensor:
+    """Computes the attention maps (B, h, w) of whole, normalised images (B, 3, H, H) (Eq. 4).
 
-    `vit` is any module with `cls_attention(images) -> (B, heads, N)` on a square grid of patches.
-    It runs in eval mode, and then each submodule returns to its previous mode. The attention is
-    averaged over the heads and then min-max normalised for each image. If [CLS] attends to all
-    patches equally, all weights are 0, and `sample_patches` ranks the patches uniformly.
+    These are the paper's masking weights a_w: float32, in [0, 1]. `vit` is any module with
+    `cls_attention(images) -> (B, heads, N)` on a square grid of patches. It runs in eval mode. If
+    [CLS] attends to all patches equally, the map is 0, and `sample_patches` ranks uniformly.
     Raises ValueError if the grid is not square or the attention is not finite.
     """
-    was_training = [m for m in vit.modules() if m.training]
+    training_modules = [m for m in vit.modules() if m.training]
     vit.eval()
-    try:
-        a = vit.cls_attention(images).float()                                # (B, heads, N)
-    finally:
-        for m in was_training:
-            m.training = True
+    a = vit.cls_attention(images).float()                                    # (B, heads, N)
+    for m in training_modules:
+        m.training = True
     h = square_side(a.shape[2])
     if not a.isfinite().all():
         raise ValueError("the attention of [CLS] is nan or infinite: the images or the encoder's "
@@ -290,17 +284,17 @@ def masking_weights(vit: nn.Module, images: Tensor) -> Tensor:
     return a_w.unflatten(1, (h, h))
 
 
-def update_maps(vit: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], n: int) -> Tensor:
-    """The attention maps (n, h, w) of a whole data set, float16 to save memory.
+def dataset_maps(vit: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], n: int) -> Tensor:
+    """Computes the attention maps (n, h, w) of a whole data set, in float16 to save memory.
 
     `batches` yields pairs (ids, images): the indices (B,) of images in the data set, and the whole,
-    normalised images (B, 3, H, H), without crops or flips. An image that is never yielded has a map
-    of zeros, so several processes can each take a share of the images and sum the results.
-    Raises ValueError if `batches` is empty, and the errors of `masking_weights`.
+    normalised images (B, 3, H, H) on the device of `vit`. An image that is not yielded gets a map
+    of zeros. So several processes can share the images and add their results.
+    Raises ValueError if `batches` is empty, and the errors of `attention_maps`.
     """
     maps = None
     for ids, images in batches:
-        a_w = masking_weights(vit, images).half()
+        a_w = attention_maps(vit, images).half()
         if maps is None:
             maps = a_w.new_zeros(n, *a_w.shape[1:])
         maps[ids] = a_w
@@ -309,7 +303,7 @@ def update_maps(vit: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], n: int
     return maps
 
 
-# ==== 4. Crops of images and of weights ===========================================================
+# ==== 4. Crops of images and of maps ==============================================================
 
 def random_crops(n: int, scale: tuple[float, float] = (0.2, 1.0),
                  ratio: tuple[float, float] = (3 / 4, 4 / 3),
@@ -319,18 +313,17 @@ def random_crops(n: int, scale: tuple[float, float] = (0.2, 1.0),
     This is RandomResizedCrop and RandomHorizontalFlip for a whole batch. The area of a crop, as a
     fraction of the image's area, is uniform in `scale`. The logarithm of its width / height is
     uniform between the logarithms of `ratio`. Its position is uniform. A crop is flipped with
-    probability 1/2. A side longer than the image's is clamped to it; torchvision draws again
-    instead. `image_ratio` is the width / height of the images: 1 for square ones.
+    probability 1/2. A side longer than the image's is shortened to it. (torchvision draws again.)
+    `image_ratio` is the width / height of the images: 1 for square ones.
 
-    theta has the format of `torch.nn.functional.affine_grid`: it takes coordinates in the crop, -1
-    to 1 from edge to edge, to coordinates in the image. It is on the generator's device, or on the
-    CPU if there is no generator.
+    theta maps coordinates in the crop to coordinates in the image, as `F.affine_grid` expects. Both
+    run from -1 to 1. theta is on the generator's device, or without a generator on the CPU.
     """
     device = generator.device if generator else None
     area, aspect, x, y, flip = torch.rand(5, n, generator=generator, device=device)
     area = scale[0] + (scale[1] - scale[0]) * area
     aspect = ratio[0] * (ratio[1] / ratio[0]) ** aspect
-    aspect = aspect / image_ratio                        # width / height, as fractions of the sides
+    aspect = aspect / image_ratio                        # now in fractions of the image's sides
     width = (area * aspect).sqrt().clamp(max=1)
     height = (area / aspect).sqrt().clamp(max=1)
     theta = torch.zeros(n, 2, 3, device=device)
@@ -349,8 +342,9 @@ def crop(x: Tensor, theta: Tensor, size: int, mode: str) -> Tensor:
     the range of x a little), "bilinear" or "nearest". There is no antialiasing: shrink images that
     are much larger than `size` first.
     """
-    grid = F.affine_grid(theta.to(x), (len(x), x.shape[1], size, size), align_corners=False)
-    return F.grid_sample(x, grid, mode=mode, padding_mode="border", align_corners=False)
+    with torch.autocast(x.device.type, enabled=False):   # bfloat16 would shift the crop
+        grid = F.affine_grid(theta.to(x), (len(x), x.shape[1], size, size), align_corners=False)
+        return F.grid_sample(x, grid, mode=mode, padding_mode="border", align_corners=False)
 
 
 def crop_weights(maps: Tensor, theta: Tensor, img_size: int, patch_size: int) -> Tensor:
@@ -361,9 +355,8 @@ def crop_weights(maps: Tensor, theta: Tensor, img_size: int, patch_size: int) ->
     then each patch of the crop gets the weight of the image area that it shows. To mask units of
     u x u patches, give patch_size = u * p; the result has one weight for each unit.
     """
-    # This follows the paper. The authors' code converts pixels to cells of the map by dividing by
-    # the image size, 224, where the patch size, 16, is needed. So it reads the same top-left cells
-    # for every crop.
+    # This follows the paper. The authors' code divides the pixel positions of a crop by 224 instead
+    # of 16. So it reads the same cells, at the top left of the map, for every crop.
     x = F.interpolate(maps.float()[:, None], size=img_size, mode="bilinear", align_corners=False)
     x = crop(x, theta, img_size, "bilinear")                                 # (B, 1, H, H)
     return patchify(x, patch_size).sum(dim=2)                                # P_A: (B, N)
@@ -377,8 +370,8 @@ def sample_patches(weights: Tensor, generator: torch.Generator | None = None) ->
     Each row is a permutation of 0 ... N-1, sampled without replacement with probabilities
     proportional to the weights, as `torch.multinomial(weights, N)` samples it. Weights of zero are
     allowed: these patches come last, in random order. The generator, if given, is on the device of
-    the weights. Raises ValueError if a weight on the CPU is negative, infinite or nan. On a GPU
-    this check would make the host wait in each step; there, `masking_weights` has checked already.
+    the weights. Raises ValueError if a weight on the CPU is negative, infinite or nan. (On a GPU
+    this check would make each step wait.)
     """
     w = weights.float()
     if w.device.type == "cpu" and not ((w >= 0) & (w < math.inf)).all():
@@ -386,9 +379,9 @@ def sample_patches(weights: Tensor, generator: torch.Generator | None = None) ->
                          "least 0")
     # Draw E_i from an exponential distribution and sort the patches by E_i / w_i, the smallest
     # first. This samples without replacement in proportion to w (Efraimidis and Spirakis, 2006;
-    # also known as Gumbel top-k). We sort by log w - log E, the largest first, so that no weight is
-    # too small. In float32, log E is between -88 and 5, and log w is at least -104. The logarithm
-    # of a zero weight becomes -200: when log E is subtracted, it stays below all others.
+    # also known as Gumbel top-k). We sort by log w - log E, the largest first. This avoids overflow
+    # and underflow. log E is between -88 and 5. So a positive weight gives at least -109. A zero
+    # weight gets log w = -200, which gives at most -112, and comes last.
     E = torch.empty_like(w).exponential_(generator=generator).clamp_min(torch.finfo(w.dtype).tiny)
     log_w = torch.where(w > 0, w.log(), -200.0)
     return (log_w - E.log()).argsort(dim=1, descending=True)                 # Eq. 5
@@ -397,33 +390,28 @@ def sample_patches(weights: Tensor, generator: torch.Generator | None = None) ->
 # ==== 6. Masking and throwing =====================================================================
 
 def mask_and_throw(ranking: Tensor, mask_ratio: float, throw_ratio: float = 0.0,
-                   throw: str = "middle", unit: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+                   unit: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Splits a ranking M (B, N) into indices `masked, thrown, visible` (Eq. 6, Algorithm 1).
 
-    The first round(N * mask_ratio) patches of the ranking are masked. Then round(N * throw_ratio)
-    patches are thrown: the next ones with throw="middle", as in the paper, or the last ones with
-    throw="lowest". The rest is visible. With unit = u, the ranking orders N units of u x u patches,
-    and the result holds the indices of all patches of these units. The paper's ratios are
+    The first round(N * mask_ratio) patches of the ranking are masked. The next
+    round(N * throw_ratio) patches are thrown. The rest is visible. With unit = u, the ranking
+    orders N units of u x u patches, and the result holds the indices of all patches of these units.
+    The paper's ratios are
 
         MAE, unit 1:     random 0.75 and 0;   AM (no throwing) 0.75 and 0;   AMT 0.45 and 0.40
         SimMIM, unit 2:  random 0.60 and 0;   AMT 0.44 and 0.26, or 0.33 and 0.50
 
-    Raises ValueError if no patch would be masked or none visible, or if `throw` is another word.
+    Raises ValueError if no patch would be masked or none visible.
     """
     N = ranking.shape[1]
     n_masked = round(N * mask_ratio)
     n_thrown = round(N * throw_ratio)
     n_visible = N - n_masked - n_thrown
     if n_masked < 1 or n_thrown < 0 or n_visible < 1:
-        raise ValueError(f"mask_ratio {mask_ratio} and throw_ratio {throw_ratio} of N = {N} patches "
-                         f"or units make {n_masked} masked, {n_thrown} thrown, {n_visible} visible: "
-                         f"at least one must be masked and one visible")
-    if throw == "middle":                                                    # Eq. 6
-        masked, thrown, visible = ranking.split([n_masked, n_thrown, n_visible], dim=1)
-    elif throw == "lowest":
-        masked, visible, thrown = ranking.split([n_masked, n_visible, n_thrown], dim=1)
-    else:
-        raise ValueError(f'throw "{throw}" is unknown: choose "middle" or "lowest"')
+        raise ValueError(f"mask_ratio {mask_ratio} and throw_ratio {throw_ratio} of N = {N} make "
+                         f"{n_masked} masked, {n_thrown} thrown, {n_visible} visible: at least "
+                         f"one patch or unit must be masked and one visible")
+    masked, thrown, visible = ranking.split([n_masked, n_thrown, n_visible], dim=1)      # Eq. 6
     if unit != 1:
         h = square_side(N) * unit
         masked, thrown, visible = (expand_units(x, h, unit) for x in (masked, thrown, visible))
@@ -436,16 +424,13 @@ def expand_units(units: Tensor, grid_size: int, unit: int) -> Tensor:
     Units are numbered row by row, as patches are. `grid_size` is the side h of the grid of patches.
     Raises ValueError if u does not divide it.
     """
-    if unit < 1 or grid_size % unit:
-        raise ValueError(f"units of {unit}x{unit} patches do not fill a grid of "
-                         f"{grid_size}x{grid_size}: choose a unit that divides {grid_size}")
     numbers = torch.arange(grid_size ** 2, device=units.device)
     members = patchify(numbers.view(1, 1, grid_size, grid_size), unit)[0]    # (N / (u*u), u*u)
     return members[units].flatten(1)                                         # (B, K*u*u)
 
 
 # ==== 7. Models: MAE, SimMIM, MaskFeat ============================================================
-# Each holds an encoder. The index sets are keyword arguments, so nobody swaps them by mistake.
+# The index sets are keyword-only arguments, so they cannot be swapped by mistake.
 
 class MAE(nn.Module):
     """Masked autoencoder (He et al., 2022): a deep encoder and a light decoder.
@@ -491,8 +476,8 @@ class MAE(nn.Module):
         B, K = masked.shape
         x = self.decoder_embed(self.encoder(images, visible))                # (B, 1+K_visible, D)
         x = torch.cat([x, self.mask_token.expand(B, K, -1)], dim=1)          # (B, T, D)
-        # A transformer tells tokens apart by their positions, not by their order. So we add to each
-        # token the position of its own patch and never restore the order of the image.
+        # The decoder knows a patch by its position embedding, not by its place in the sequence. So
+        # we never restore the order of the image.
         cls = masked.new_zeros(B, 1)                     # row 0 of the table is [CLS]'s
         position = torch.cat([cls, 1 + visible, 1 + masked], dim=1)          # (B, T)
         x = x + self.decoder_pos_embed[0][position]
@@ -542,9 +527,8 @@ class SimMIM(nn.Module):
     predicts histograms of gradients instead of pixels, with an l2 loss instead of l1. `encoder` is
     a ViT, or a module that has `embed_dim`, `patch_size`, `pos_embed`, `embed` and `run_blocks`.
 
-    The loss does not depend on the query of [CLS] in the last block, which Eq. 3 reads. The block's
-    parameters are trained through the patches only.
-    Raises ValueError if `target` is another word, or if it is "hog" and the patch size is odd.
+    The loss never uses the last block's query of [CLS], although Eq. 3 reads it. Only the patches
+    train that block. Raises ValueError for another target, or for "hog" with an odd patch size.
     """
 
     def __init__(self, encoder: nn.Module, target: str = "pixels"):
@@ -571,8 +555,8 @@ class SimMIM(nn.Module):
     def forward(self, images: Tensor, *, visible: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, a scalar, and the predictions (B, K_masked, L) in the order of `masked`.
 
-        The arguments are those of `MAE.forward`. Here the encoder also gets the mask token plus the
-        position of each masked patch.
+        The arguments are those of `MAE.forward`. Here the encoder also gets a token for each masked
+        patch: the mask token plus the position of the patch.
         """
         K = masked.shape[1]
         mask_tokens = self.mask_token + self.encoder.pos_embed[0, 1:][masked]        # (B, K, D)
@@ -614,9 +598,9 @@ def grid_wise(weights: Tensor, generator: torch.Generator | None = None) -> Tens
     place = torch.arange(N, device=weights.device)
     row = place // h % 2                                 # 0 in even rows, 1 in odd rows
     column = place % h % 2
-    order = 2 * (row != column) + row                    # both even first, then both odd
+    rank = 2 * (row != column) + row     # 0: both even, 1: both odd, 2: odd column, 3: odd row
     noise = torch.rand(B, N, generator=generator, device=weights.device)
-    return (order + noise).argsort(dim=1)
+    return (rank + noise).argsort(dim=1)
 
 
 def block_wise(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -661,14 +645,14 @@ STRATEGIES = {
 
 # ==== 9. One training step ========================================================================
 
-def training_step(model: nn.Module, images: Tensor, theta: Tensor, maps: Tensor | None,
+def training_step(model: nn.Module, images: Tensor, theta: Tensor, maps: Tensor, patch_size: int,
                   mask_ratio: float = 0.45, throw_ratio: float = 0.40, unit: int = 1,
                   strategy: Callable = sample_patches) -> Tensor:
     """The loss, a scalar, of one step on crops `images` (B, 3, H, H), cut out by theta (B, 2, 3).
 
     `maps` (B, h, w) are the attention maps of these images: rows `ids` of the result of
-    `update_maps`. Before the first maps exist, and in the random baseline, give None, and the
-    ratios of random masking: see `mask_and_throw`. The defaults are those of AMT with MAE.
+    `dataset_maps`. The default ratios are those of AMT with MAE. Before the first maps exist, give
+    maps of ones, which rank at random, and the ratios of random masking: see `mask_and_throw`.
 
     A data set for `torch.utils.data.DataLoader` returns each crop with its theta and its index:
 
@@ -678,13 +662,8 @@ def training_step(model: nn.Module, images: Tensor, theta: Tensor, maps: Tensor 
 
     Raises ValueError if units of u x u patches do not fill the images.
     """
-    unit_size = unit * model.encoder.patch_size
-    if maps is None:
-        weights = patchify(torch.ones_like(images[:, :1]), unit_size).sum(dim=2)
-        ranking = random_ranking(weights)
-    else:
-        weights = crop_weights(maps, theta, images.shape[2], unit_size)      # one for each unit
-        ranking = strategy(weights)
-    masked, _, visible = mask_and_throw(ranking, mask_ratio, throw_ratio, unit=unit)
+    weights = crop_weights(maps, theta, images.shape[2], unit * patch_size)  # one for each unit
+    ranking = strategy(weights)
+    masked, _, visible = mask_and_throw(ranking, mask_ratio, throw_ratio, unit)
     loss, _ = model(images, visible=visible, masked=masked)
     return loss

@@ -82,23 +82,23 @@ def vit_with_attention(attention):
     (lambda: amt.sincos_pos_embed(10, 4), "width 10 .*multiple of 4"),
     (lambda: tiny_vit(patch_size=5), "size 5.*16"), (lambda: tiny_vit(num_heads=5), "heads 5.*24"),
     (lambda: tiny_vit()(torch.zeros(2, 3, 16, 8)), r"\(2, 3, 16, 8\).*\(B, 3, 16, 16\)"),
-    (lambda: amt.masking_weights(vit_with_attention(torch.ones(1, 2, 17)), None), "N = 17.*square"),
-    (lambda: amt.masking_weights(vit_with_attention(torch.ones(1, 2, 4) / 0), None), "not finite"),
-    (lambda: amt.update_maps(tiny_vit(), [], 4), "no images"),
+    (lambda: amt.attention_maps(vit_with_attention(torch.ones(1, 2, 17)), None), "N = 17.*square"),
+    (lambda: amt.attention_maps(vit_with_attention(torch.ones(1, 2, 4) / 0), None), "not finite"),
+    (lambda: amt.dataset_maps(tiny_vit(), [], 4), "no images"),
     *((lambda value=value: amt.sample_patches(torch.tensor([[1.0], [value]])), "negative, inf")
       for value in (-0.1, math.nan, math.inf)),
     (lambda: amt.mask_and_throw(torch.zeros(1, 64), 1.0), "ratio 1.0 .*N = 64 .*64 masked"),
     (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.5, -0.1), "ratio -0.1 .* -6 thrown"),
     (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.6, 0.4), "38 masked, 26 thrown, 0 visible"),
     (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.001), "0 masked, 0 thrown, 64 visible"),
-    (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.4, throw="top"), '"top".*"middle" or "low'),
-    (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.4, unit=0), "0x0 patches"),
-    (lambda: amt.expand_units(torch.zeros(1, 4).long(), 8, 3), "3x3 patches.*grid of 8x8"),
+    (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.4, unit=0), "0x0"),
+    (lambda: amt.expand_units(torch.zeros(1, 4).long(), 8, 3), "8x8 .* 3x3"),
     (lambda: tiny_mae()(random_images(2), *split(2)[:2]), "positional argument"),
     (lambda: tiny_simmim()(random_images(2), *split(2)[:2]), "positional argument"),
     (lambda: amt.hog(torch.zeros(1, 3, 10, 10), 5), "patch size 5 with images of 10x10.*even"),
     (lambda: tiny_simmim("edges"), '"edges".*"pixels" or "hog"'),
-    (lambda: amt.training_step(tiny_mae(), random_images(2), None, None, unit=3), "16x16.*12x12"),
+    (lambda: amt.training_step(tiny_mae(), random_images(2), amt.random_crops(2),
+                               torch.ones(2, 4, 4), 4, unit=3), "16x16.*12x12"),
     (lambda: amt.grid_wise(torch.rand(1, 17)), "N = 17 patches.*square.*extra tokens"),
     (lambda: amt.block_wise(torch.rand(1, 17)), "N = 17 patches.*square.*extra tokens"),
 ])
@@ -234,7 +234,7 @@ def test_cls_attention_is_the_row_of_cls_without_the_tokens_that_are_not_patches
     assert block.bfloat16().attn.cls_attention(x.bfloat16()).dtype == torch.float32
 
 
-def test_masking_weights_average_the_last_blocks_heads_then_stretch_each_image_to_0_and_1():
+def test_attention_maps_average_the_last_blocks_heads_then_stretch_each_image_to_0_and_1():
     vit, images = tiny_vit(), random_images(3)
     train_cifar.add_drop_path(vit, 0.9)                  # only eval mode gives these weights
     x, layers = torch_vit(vit, images)
@@ -243,34 +243,33 @@ def test_masking_weights_average_the_last_blocks_heads_then_stretch_each_image_t
     a = torch_attention(layers[-1], layers[-1].norm1(x))[:, :, 1:]
     torch.testing.assert_close(vit.eval().cls_attention(images), a)
     expected = torch.stack([(m - m.min()) / (m.max() - m.min()) for m in a.mean(dim=1)])
-    weights = amt.masking_weights(vit.train(), images)
+    weights = amt.attention_maps(vit.train(), images)
     torch.testing.assert_close(weights, expected.view(3, 4, 4))
     assert not weights.requires_grad
     even = vit_with_attention(torch.full((2, 3, 16), 1 / 17, dtype=torch.bfloat16))
-    assert torch.equal(amt.masking_weights(even, images), torch.zeros(2, 4, 4))
+    assert torch.equal(amt.attention_maps(even, images), torch.zeros(2, 4, 4))
 
 
-def test_masking_weights_restore_the_modes_and_refuse_attention_that_is_not_finite():
+def test_attention_maps_restore_the_modes_and_refuse_attention_that_is_not_finite():
     vit, images = tiny_vit(), random_images(2)
     vit.blocks[1].eval()
     modes = [m.training for m in vit.modules()]
-    amt.masking_weights(vit, images)
+    amt.attention_maps(vit, images)
     assert [m.training for m in vit.modules()] == modes
     images[1, 2, 7, 7] = math.nan
-    for bad in (images, images[:, :, 1:]):
-        with pytest.raises(ValueError, match="not finite|do not fit"):
-            amt.masking_weights(vit, bad)
-        assert [m.training for m in vit.modules()] == modes
+    with pytest.raises(ValueError, match="not finite"):
+        amt.attention_maps(vit, images)
+    assert [m.training for m in vit.modules()] == modes
 
 
-def test_update_maps_puts_each_map_at_the_index_of_its_image_and_shares_sum_to_the_whole():
+def test_dataset_maps_puts_each_map_at_the_index_of_its_image_and_shares_sum_to_the_whole():
     vit, images = tiny_vit(), random_images(5)
     batches = [(torch.tensor(ids), images[ids]) for ids in ([3, 0], [4], [1, 2])]
-    maps = amt.update_maps(vit, iter(batches), 6)        # a loader may be read only once
+    maps = amt.dataset_maps(vit, iter(batches), 6)        # a loader may be read only once
     assert maps.shape == (6, 4, 4) and maps.dtype == torch.float16
-    torch.testing.assert_close(maps[:5], amt.masking_weights(vit, images).half())
+    torch.testing.assert_close(maps[:5], amt.attention_maps(vit, images).half())
     assert not maps[5].any()                             # no batch has image 5
-    shares = amt.update_maps(vit, batches[1:], 6) + amt.update_maps(vit, batches[:1], 6)
+    shares = amt.dataset_maps(vit, batches[1:], 6) + amt.dataset_maps(vit, batches[:1], 6)
     assert torch.equal(shares, maps)
 
 
@@ -337,6 +336,8 @@ def test_each_weight_lies_on_the_patch_that_shows_what_the_weight_was_measured_o
     most = expected.amax(dim=1)                          # 16 if the cell fills 4 x 4 pixels
     assert (most > 8).sum() > 20 and (most == 0).any()
     assert (weights - expected).abs().max() < p / 4      # a pixel is not a point
+    with torch.autocast("cpu", torch.bfloat16):          # must not shift the crop
+        assert torch.equal(amt.crop_weights(maps, theta, size, p), weights)
 
 
 # ==== 5. Ranking ==================================================================================
@@ -378,10 +379,9 @@ def test_sample_patches_draws_in_proportion_to_the_weights_and_zeros_last(weight
 ])
 def test_the_ranking_is_split_into_masked_thrown_and_visible(N, mask_ratio, throw_ratio, counts):
     ranking = torch.rand(2, N, generator=rng()).argsort(dim=1)
-    for throw, order in [("middle", (0, 1, 2)), ("lowest", (0, 2, 1))]:
-        parts = amt.mask_and_throw(ranking, mask_ratio, throw_ratio, throw)
-        assert tuple(ids.shape[1] for ids in parts) == counts
-        assert torch.equal(torch.cat([parts[i] for i in order], dim=1), ranking)
+    parts = amt.mask_and_throw(ranking, mask_ratio, throw_ratio)
+    assert tuple(ids.shape[1] for ids in parts) == counts
+    assert torch.equal(torch.cat(parts, dim=1), ranking)
 
 
 @pytest.mark.parametrize("h, unit", [(8, 2), (6, 3), (4, 1)])
@@ -548,21 +548,17 @@ def test_block_wise_ranks_rectangles_of_the_right_shapes_each_row_by_row():
 
 # ==== 9. One training step ========================================================================
 
-@pytest.mark.parametrize("name, with_maps, n_masked, n_thrown, unit, given", [
-    ("mae", True, 7, 6, 1, {}),                          # AMT's 0.45 and 0.40 are the defaults
-    ("mae", False, 12, 0, 1, dict(mask_ratio=0.75, throw_ratio=0.0, strategy=amt.highest_first)),
-    ("simmim", True, 2, 1, 2, dict(mask_ratio=0.44, throw_ratio=0.26, unit=2)),
-    ("simmim", False, 2, 0, 2, dict(mask_ratio=0.6, throw_ratio=0.0, unit=2)),
+@pytest.mark.parametrize("name, n_masked, n_thrown, unit, given", [
+    ("mae", 7, 6, 1, {}),                                # AMT's 0.45 and 0.40 are the defaults
+    ("simmim", 2, 1, 2, dict(mask_ratio=0.44, throw_ratio=0.26, unit=2)),
 ])
-def test_training_step_equals_its_parts(name, with_maps, n_masked, n_thrown, unit, given):
+def test_training_step_equals_its_parts(name, n_masked, n_thrown, unit, given):
     model, images, theta = MODELS[name](), random_images(3), amt.random_crops(3, generator=rng())
-    maps = torch.rand(3, 4, 4, generator=rng()) ** 4 if with_maps else None
+    maps = torch.rand(3, 4, 4, generator=rng()) ** 4
     torch.manual_seed(5)
-    loss = amt.training_step(model, images, theta, maps, **given)
+    loss = amt.training_step(model, images, theta, maps, 4, **given)
     torch.manual_seed(5)
-    weights = torch.ones(3, 16 // unit ** 2)
-    if with_maps:
-        weights = amt.crop_weights(maps, theta, 16, 4 * unit)
+    weights = amt.crop_weights(maps, theta, 16, 4 * unit)
     ids = amt.expand_units(amt.sample_patches(weights), 4, unit)     # all patches, as ranked
     masked, visible = ids[:, :n_masked * unit ** 2], ids[:, (n_masked + n_thrown) * unit ** 2:]
     assert torch.equal(loss, model(images, visible=visible, masked=masked)[0])
@@ -588,9 +584,8 @@ def test_training_step_masks_what_the_map_of_each_image_of_a_loader_marks():
         return (x.gather(1, masked).amin(dim=1) - x.gather(1, visible).amax(dim=1)).amin(), None
 
     torch.manual_seed(0)
-    model.encoder = tiny_vit()
     for images, theta, ids in torch.utils.data.DataLoader(Crops(), batch_size=5, shuffle=True):
-        gap = amt.training_step(model, images, theta, maps[ids], strategy=amt.highest_first)
+        gap = amt.training_step(model, images, theta, maps[ids], 4, strategy=amt.highest_first)
         assert gap > 0.05                                # the thrown patches lie between
 
 
@@ -756,7 +751,7 @@ def finished(tmp_path_factory):
     (["--batch-size", 0], "--batch-size 0 is not allowed: give 1 or more"),
     (["--batch-size", 1], "too small for the BatchNorm of the linear probe: give 2 or more"),
     (["--mask-ratio", 0.75], "12 masked, 6 thrown, -2 visible.*--throw-ratio"),
-    (["--mask-unit", 3], "3x3 patches do not fill a grid of 4x4.*--mask-unit"),
+    (["--mask-unit", 3], "unit of 3 does not divide .* 4 patches.*--mask-unit"),
     (["--blr", "nan"], "--blr nan is not allowed: give a number"),
     (["--epochs", 0], "--epochs 0 with --checkpoint None: give .* FILE or none"),
     (["--update-interval", 6], "--update-interval 6 is not less than --epochs 6"),
@@ -828,8 +823,7 @@ def test_the_schedule_of_a_run(finished, tmp_path, monkeypatch):
 def test_strategies_rank_by_the_maps_of_crops_or_without(masking, method, tmp_path, monkeypatch):
     steps = record(monkeypatch)
     run(tmp_path, "--masking", masking, "--method", method, "--epochs", 2, "--update-interval", 1,
-        "--patch-size", 4, "--mask-ratio", 0.5, "--throw-ratio", 0.25, "--throw", "lowest",
-        *NO_PROBE)
+        "--patch-size", 4, "--mask-ratio", 0.5, "--throw-ratio", 0.25, *NO_PROBE)
     uses_maps, unit = masking in ("attmask", "mst"), 1 if method == "mae" else 2
     first, N = train_cifar.METHODS[method]["random"] if uses_maps else (0.5, 0.25), 64 // unit ** 2
     assert [step["ratios"] for step in steps] == 4 * [first] + 4 * [(0.5, 0.25)]
@@ -840,7 +834,7 @@ def test_strategies_rank_by_the_maps_of_crops_or_without(masking, method, tmp_pa
         if step["maps"] is not None:
             weights = amt.crop_weights(step["maps"][step["ids"]], step["theta"], 32, 4 * unit)
             assert torch.equal(ranking, amt.STRATEGIES[masking](weights))
-    masked, visible, thrown = ranking.split([N // 2, N // 4, N // 4], dim=1)
+    masked, thrown, visible = ranking.split([N // 2, N // 4, N // 4], dim=1)
     for patches, units in zip(step["sets"], (masked, thrown, visible)):
         units_of_patches = patches // 8 // unit * (8 // unit) + patches % 8 // unit
         assert torch.equal(units_of_patches, units.repeat_interleave(unit ** 2, dim=1))
@@ -881,7 +875,7 @@ def test_maps_are_the_attention_of_whole_images_and_weights_change_them(tmp_path
             assert stage.run["maps"] is None and stage.run["position_share"] == ""
             stage.start_epoch(epoch)
         maps[weights] = stage.run["maps"].float()
-        own = amt.masking_weights(stage.model.encoder, data.normalise(data.train.float()))
+        own = amt.attention_maps(stage.model.encoder, data.normalise(data.train.float()))
         share = (own.mean(dim=0).var() / own.var()).item()
         assert float(stage.run["position_share"]) == pytest.approx(share, abs=1e-3)
     torch.testing.assert_close(maps["own"], own, rtol=1e-3, atol=1e-3)
@@ -1108,7 +1102,7 @@ def test_masking_png_shows_masked_patches_grey_and_thrown_ones_black(finished):
     distance = torch.cdist(shown.flatten(1), data.test.flatten(1).float())
     assert distance.amin(dim=1).max() == 0               # these are test images
     encoder.load_state_dict(load(finished / "encoder.pth"))
-    maps = amt.masking_weights(encoder, data.normalise(shown))
+    maps = amt.attention_maps(encoder, data.normalise(shown))
     expected = torch.stack([3 * maps, 3 * maps - 1, 3 * maps - 2], dim=1).clamp(0, 1)
     torch.testing.assert_close(heat[:, :, 4::8, 4::8] / 255, expected, rtol=0, atol=0.01)
     shown, hidden, predicted = (amt.patchify(x, 8) for x in (shown, hidden, predicted))
@@ -1151,7 +1145,7 @@ def test_the_benchmark_prints_a_row_for_each_ratio(method, tmp_path, monkeypatch
 
 def test_a_line_is_printed_each_minute_and_the_log_counts_each_second_once(tmp_path, monkeypatch,
                                                                            capsys):
-    now, update, loss = [1e9], amt.update_maps, train_cifar.Pretraining.loss
+    now, update, loss = [1e9], amt.dataset_maps, train_cifar.Pretraining.loss
     monkeypatch.setattr(train_cifar.time, "time", lambda: now[0])
     monkeypatch.setattr(train_cifar.progress, "last", now[0])
 
@@ -1161,7 +1155,7 @@ def test_a_line_is_printed_each_minute_and_the_log_counts_each_second_once(tmp_p
             return function(*args)
         return slow
 
-    monkeypatch.setattr(amt, "update_maps", taking(100, update))
+    monkeypatch.setattr(amt, "dataset_maps", taking(100, update))
     monkeypatch.setattr(train_cifar.Pretraining, "loss", taking(10, loss))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         at_call(patch, "Pretraining", 13, lambda x: os.kill(os.getpid(), signal.SIGTERM) or x)
@@ -1488,7 +1482,7 @@ def test_a_run_with_other_settings_or_images_is_refused(finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     for flag, value in [("batch_size", 32), ("seed", 1), ("weights", "uniform"), ("depth", 2),
-                        ("throw", "lowest"), ("precision", "bf16"), ("num_images", 71)]:
+                        ("img_size", 64), ("precision", "bf16"), ("num_images", 71)]:
         line = error(out, "--resume", f"--{flag.replace('_', '-')}", value)
         assert f"{flag} " in line and f"(now {value})" in line and "blr" not in line
     line = error(out, "--resume", *ALL_STAGES, "--finetune-blr", 1)
@@ -1580,7 +1574,7 @@ def test_the_timm_code_of_the_readme_gives_timms_own_attention():
         torch.testing.assert_close(names["encoder"](images), tokens, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(names["vit"].cls_attention(images),
                                    names["encoder"].cls_attention(images), rtol=1e-4, atol=1e-5)
-    maps = amt.update_maps(names["vit"], [(torch.arange(2), images)], 2)
+    maps = amt.dataset_maps(names["vit"], [(torch.arange(2), images)], 2)
     loader = torch.utils.data.DataLoader(names["Crops"](images), batch_size=2)
     for crops, theta, ids in loader:
         visible, masked = names["choose"](maps, theta, ids)

@@ -123,7 +123,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "for mae, else 0.44; without: 0.75 mae, 0.60 simmim, 0.40 maskfeat)", type=float)
     add("--throw-ratio", None, "fraction of patches that are thrown (default with attention: 0.40 "
         "for mae, else 0.26; without: 0)", type=float)
-    add("--throw", "middle", "part of the ranking that is thrown", choices=["middle", "lowest"])
     add("--mask-unit", None, "side of a masking unit in patches (default: 1 mae, else 2)", type=int)
     add("--update-interval", None, "epochs between updates of the attention maps (default: a tenth "
         "of --epochs)", type=int)
@@ -198,10 +197,12 @@ def check(args, error):
         with torch.device("meta"):
             build_model(args)
         grid = args.img_size // args.patch_size
-        amt.expand_units(torch.zeros(1, 1).long(), grid, args.mask_unit)
+        if grid % args.mask_unit:
+            raise ValueError(f"a mask unit of {args.mask_unit} does not divide the side of the "
+                             f"image, which is {grid} patches")
         ranking = torch.zeros(1, (grid // args.mask_unit) ** 2)
         amt.mask_and_throw(ranking, *METHODS[args.method]["random"])
-        amt.mask_and_throw(ranking, args.mask_ratio, args.throw_ratio, args.throw)
+        amt.mask_and_throw(ranking, args.mask_ratio, args.throw_ratio)
     except ValueError as wrong:
         error(f"{wrong} (flags: --img-size, --patch-size, --decoder-embed-dim, --mask-unit, "
               f"--mask-ratio, --throw-ratio)")
@@ -315,12 +316,12 @@ class Pretraining(Stage):
         with precision(args):
             whole_images = ((ids, data.normalise(images))
                             for ids, images in data.whole("train", share(self.n)))
-            maps = all_reduce(amt.update_maps(encoder, whole_images, self.n)).float()   # (n, h, w)
+            maps = all_reduce(amt.dataset_maps(encoder, whole_images, self.n)).float()   # (n, h, w)
         run["position_share"] = f"{(maps.mean(0).var() / maps.var()).item():.4f}"
         torch.manual_seed(seed_of(args.seed, "shuffled", epoch))
         run["maps"] = reweight(maps, args.weights).half()
         shown = self.shown()
-        run["snapshots"].append(amt.masking_weights(encoder, data.normalise(shown)))
+        run["snapshots"].append(amt.attention_maps(encoder, data.normalise(shown)))
         save_grid([shown / 255, *map(heat, run["snapshots"])], args.out_dir / "attention.png")
         run["update_seconds"] = time.time() - started
 
@@ -347,7 +348,7 @@ class Pretraining(Stage):
         else:
             ranking = amt.STRATEGIES[args.masking](weights)
             ratios = args.mask_ratio, args.throw_ratio
-        return amt.mask_and_throw(ranking, *ratios, args.throw, args.mask_unit)
+        return amt.mask_and_throw(ranking, *ratios, args.mask_unit)
 
     def end_epoch(self, epoch: int) -> dict[str, str]:
         accuracy = ""
@@ -617,7 +618,7 @@ def cached_probe(args, data, encoder: amt.ViT) -> str:
         loss.backward()
         return loss
 
-    losses, accuracy = [], 0.0                           # of the held-out images, of the test images
+    losses, accuracy = [], 0.0                           # of held-out images, of test images
     while len(losses) < 4 or min(losses[-3:]) < min(losses[:-3]):
         optimizer.step(training_loss)
         with torch.no_grad():
@@ -1196,7 +1197,7 @@ def save_masking(stage: Pretraining):
     args, data, model, p = stage.args, stage.data, stage.model, stage.args.patch_size
     shown = stage.shown() / 255
     images = data.normalise(255 * shown)
-    maps = amt.masking_weights(model.encoder, images)
+    maps = amt.attention_maps(model.encoder, images)
     torch.manual_seed(seed_of(args.seed))
     masked, thrown, visible = stage.choose(
         amt.patchify(reweight(maps, args.weights)[:, None], args.mask_unit).sum(dim=2))
@@ -1236,7 +1237,7 @@ def benchmark(args):
     while len(times[-1]) < 3 or len(times[-1]) < 11 and time.perf_counter() - began < 40:
         with precision(args):
             started = time.perf_counter()
-            maps = amt.update_maps(stage.model.encoder, whole, B)
+            maps = amt.dataset_maps(stage.model.encoder, whole, B)
         times[-1].append(synchronised_time() - started)
         for i, (masking, ratios) in enumerate(rows):
             args.masking = masking

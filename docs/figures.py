@@ -31,7 +31,7 @@ def method(out_dir: str):
     image = images[52:53]
     mean = images.mean(dim=(0, 2, 3), keepdim=True)
     std = images.std(dim=(0, 2, 3), keepdim=True)
-    maps = amt.masking_weights(encoder, (image - mean) / std)
+    maps = amt.attention_maps(encoder, (image - mean) / std)
     p = settings["patch_size"]
     torch.manual_seed(1)
     ranking = amt.sample_patches(maps.flatten(1))
@@ -60,7 +60,7 @@ def method(out_dir: str):
 
     show(image[0].permute(1, 2, 0) / 255, 0.1, 2.7, 1.5)
     text(0.85, 4.4, "whole image")
-    arrow(1.65, 3.45, 3.35, 3.45, "masking_weights")
+    arrow(1.65, 3.45, 3.35, 3.45, "attention_maps")
     show(maps[0], 3.4, 2.7, 1.5, cmap="magma")
     text(4.15, 4.4, "attention of [CLS]")
     arrow(4.95, 3.45, 6.6, 3.45, "sample_patches")
