@@ -1525,24 +1525,23 @@ def test_a_file_that_cannot_be_written_keeps_what_was_there(tmp_path, monkeypatc
 
 # ==== README ======================================================================================
 
-def readme_blocks(heading):
-    """The Python code under a heading of the README."""
-    text = (Path(__file__).parent / "README.md").read_text()
-    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return re.findall("```python\n(.*?)```", section, re.DOTALL)
+def python_blocks(name):
+    """The blocks of Python code in a Markdown file."""
+    text = (Path(__file__).parent / name).read_text()
+    return re.findall("```python\n(.*?)```", text, re.DOTALL)
 
 
 def test_the_step_of_the_readme_trains():
     torch.manual_seed(0)
     names = {}
-    exec("".join(readme_blocks("One training step")), names)
+    exec(python_blocks("README.md")[0], names)
     assert all(p.grad is not None for p in names["mae"].parameters() if p.requires_grad)
     assert [names[x].shape[1] for x in ("masked", "thrown", "visible")] == [29, 26, 9]
 
 
-def test_the_mae_of_the_readme_has_the_loss_and_the_encoder_of_ours(monkeypatch):
+def test_the_mae_of_reuse_md_has_the_loss_and_the_encoder_of_ours(monkeypatch):
     names = {"amt": amt, "torch": torch}
-    exec(readme_blocks("Use it in your own MAE")[-1], names)
+    exec(python_blocks("docs/reuse.md")[-1], names)
     images = random_images(2)
     masked, _, visible = split(2)
     for norm_pix_loss in (False, True):
@@ -1563,10 +1562,10 @@ def test_the_mae_of_the_readme_has_the_loss_and_the_encoder_of_ours(monkeypatch)
     assert torch.equal(names["encoder_of"](theirs)(images), mae.encoder(images))
 
 
-def test_the_timm_code_of_the_readme_gives_timms_own_attention():
+def test_the_timm_code_gives_timms_own_attention():
     timm = pytest.importorskip("timm")
     names = {}
-    for block in readme_blocks("Use it in your own MAE")[:-1]:
+    for block in [python_blocks("README.md")[1], *python_blocks("docs/reuse.md")[:-1]]:
         exec(block, names)
     images = random_images(2, size=224)
     with torch.no_grad():
