@@ -368,10 +368,10 @@ def sample_patches(weights: Tensor, generator: torch.Generator | None = None) ->
     """Draws a ranking M (B, N), int64, of N patches with weights (B, N) (Eq. 5).
 
     Each row is a permutation of 0 ... N-1, sampled without replacement with probabilities
-    proportional to the weights, as `torch.multinomial(weights, N)` samples it. Weights of zero are
-    allowed: these patches come last, in random order. The generator, if given, is on the device of
-    the weights. Raises ValueError if a weight on the CPU is negative, infinite or nan. (On a GPU
-    this check would make each step wait.)
+    proportional to the weights, as `torch.multinomial(weights, N)` samples it. Patches of weight
+    zero come last, in random order. The generator, if given, is on the device of the weights.
+    Raises ValueError if a weight on the CPU is negative, infinite or nan. (On a GPU this check
+    would make each step wait.)
     """
     w = weights.float()
     if w.device.type == "cpu" and not ((w >= 0) & (w < math.inf)).all():
@@ -491,13 +491,12 @@ class MAE(nn.Module):
 def hog(images: Tensor, patch_size: int, bins: int = 9) -> Tensor:
     """Histograms of oriented gradients (B, N, 4*C*bins) of images (B, C, H, W): MaskFeat's target.
 
-    A simple form of Dalal and Triggs, 2005. Each patch has 2 x 2 cells. In each cell and channel,
-    a pixel adds the length of its gradient to the bin of its orientation, one of `bins` equal parts
-    of 180 degrees, and the histogram is divided by its l2 norm. The four cells of a patch are
-    ordered row by row, and the histograms of a cell by channel. Gradients are central differences,
-    so at the edge of a patch they depend on the neighbouring patches, including thrown ones. Give
-    float32 images: half precision is too coarse. Raises ValueError if p is odd or does not divide H
-    and W.
+    A simple form of Dalal and Triggs, 2005. Each patch has 2 x 2 cells, and each cell has one
+    histogram for each channel. The bins are equal parts of 180 degrees. A pixel adds the length of
+    its gradient to the bin of its orientation. Then each histogram is divided by its l2 norm. Cells
+    are ordered row by row. Gradients are central differences. So at the edge of a patch they depend
+    on the neighbouring patches, including thrown ones. Half precision is too coarse: give float32.
+    Raises ValueError if p is odd or does not divide H and W.
     """
     B, C, H, W = images.shape
     if patch_size < 2 or patch_size % 2 or H % patch_size or W % patch_size:
@@ -632,17 +631,6 @@ def block_wise(weights: Tensor, generator: torch.Generator | None = None) -> Ten
     return first.argsort(dim=1, stable=True)
 
 
-# A strategy is called as STRATEGIES["block"](weights, generator).
-STRATEGIES = {
-    "attention": sample_patches,
-    "random": random_ranking,
-    "attmask": highest_first,
-    "mst": lowest_first,
-    "block": block_wise,
-    "grid": grid_wise,
-}
-
-
 # ==== 9. One training step ========================================================================
 
 def training_step(model: nn.Module, images: Tensor, theta: Tensor, maps: Tensor, patch_size: int,
@@ -660,6 +648,7 @@ def training_step(model: nn.Module, images: Tensor, theta: Tensor, maps: Tensor,
             theta = random_crops(1)
             return crop(self.images[i][None], theta, 224, "bicubic")[0], theta[0], i
 
+    Here self.images (n, 3, H, H) are normalised.
     Raises ValueError if units of u x u patches do not fill the images.
     """
     weights = crop_weights(maps, theta, images.shape[2], unit * patch_size)  # one for each unit

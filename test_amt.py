@@ -496,9 +496,9 @@ def test_hog_equals_scikit_images():
 # ==== 8. Other strategies =========================================================================
 
 @pytest.mark.parametrize("N", [16, 49, 196])
-@pytest.mark.parametrize("name", amt.STRATEGIES)
+@pytest.mark.parametrize("name", train_cifar.STRATEGIES)
 def test_every_strategy_gives_each_image_a_permutation_that_repeats_with_the_generator(name, N):
-    rank, weights = amt.STRATEGIES[name], torch.rand(6, N, generator=rng())
+    rank, weights = train_cifar.STRATEGIES[name], torch.rand(6, N, generator=rng())
     ranking = rank(weights, rng(1))
     assert ranking.dtype == rank(weights.half()).dtype == torch.int64
     assert torch.equal(ranking.sort(dim=1).values, torch.arange(N).expand(6, N))
@@ -509,18 +509,18 @@ def test_every_strategy_gives_each_image_a_permutation_that_repeats_with_the_gen
 
 def test_attmask_and_mst_rank_by_weight_and_random_ranking_ignores_it():
     weights = torch.tensor([[0.2, 0.9, 0.0, 0.5], [3.0, 1.0, 2.0, 0.1]])
-    assert amt.STRATEGIES["attmask"](weights).tolist() == [[1, 3, 0, 2], [0, 2, 1, 3]]
-    assert amt.STRATEGIES["mst"](weights).tolist() == [[2, 0, 3, 1], [3, 1, 2, 0]]
+    assert train_cifar.STRATEGIES["attmask"](weights).tolist() == [[1, 3, 0, 2], [0, 2, 1, 3]]
+    assert train_cifar.STRATEGIES["mst"](weights).tolist() == [[2, 0, 3, 1], [3, 1, 2, 0]]
     for name in ("attmask", "mst"):                      # ties keep their order on each device
-        ranking = amt.STRATEGIES[name](torch.zeros(2, 5000))
+        ranking = train_cifar.STRATEGIES[name](torch.zeros(2, 5000))
         assert torch.equal(ranking, torch.arange(5000).expand(2, -1))
-    rankings = amt.STRATEGIES["random"](weights[0].expand(60000, 4), rng())
+    rankings = train_cifar.STRATEGIES["random"](weights[0].expand(60000, 4), rng())
     assert_distribution(rankings, lambda _: 1 / 24)
 
 
 @pytest.mark.parametrize("h", [4, 8, 14])
 def test_grid_wise_leaves_the_bottom_left_of_each_2_x_2_after_a_checkerboard(h):
-    ranking = amt.STRATEGIES["grid"](torch.ones(50, h * h), rng())
+    ranking = train_cifar.STRATEGIES["grid"](torch.ones(50, h * h), rng())
     row, column = ranking // h % 2, ranking % h % 2
     assert (row > column)[:, 3 * h * h // 4:].all()
     assert (row == column)[:, :h * h // 2].all()
@@ -528,7 +528,7 @@ def test_grid_wise_leaves_the_bottom_left_of_each_2_x_2_after_a_checkerboard(h):
 
 
 def test_block_wise_ranks_rectangles_of_the_right_shapes_each_row_by_row():
-    ranking, blocks = amt.STRATEGIES["block"](torch.ones(500, 196), rng()), []
+    ranking, blocks = train_cifar.STRATEGIES["block"](torch.ones(500, 196), rng()), []
     sides = torch.stack([ranking // 14, ranking % 14])               # row and column
     assert (ranking[:, :12].diff(dim=1) > 0).all()       # no rectangle has fewer than 12 patches
     height, width = sides.cummax(dim=2).values - sides.cummin(dim=2).values + 1
@@ -768,7 +768,7 @@ def test_bad_flags_end_the_run_with_one_line(flags, words, tmp_path):
 def test_a_method_has_the_ratios_and_units_of_the_paper(method, unit, low, random, amt_ratios):
     expected = dict(random=random, amt=amt_ratios, unit=unit, scale=(low, 1))
     assert train_cifar.METHODS[method] == expected
-    for masking in amt.STRATEGIES:
+    for masking in train_cifar.STRATEGIES:
         args = train_cifar.parse_args(["--method", method, "--masking", masking])
         ratios = amt_ratios[0] if masking == "attention" else random
         assert (args.mask_ratio, args.throw_ratio, args.mask_unit) == (*ratios, unit)
@@ -833,7 +833,7 @@ def test_strategies_rank_by_the_maps_of_crops_or_without(masking, method, tmp_pa
         assert (step["maps"] is not None) == (uses_maps and i >= 4)
         if step["maps"] is not None:
             weights = amt.crop_weights(step["maps"][step["ids"]], step["theta"], 32, 4 * unit)
-            assert torch.equal(ranking, amt.STRATEGIES[masking](weights))
+            assert torch.equal(ranking, train_cifar.STRATEGIES[masking](weights))
     masked, thrown, visible = ranking.split([N // 2, N // 4, N // 4], dim=1)
     for patches, units in zip(step["sets"], (masked, thrown, visible)):
         units_of_patches = patches // 8 // unit * (8 // unit) + patches % 8 // unit

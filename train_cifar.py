@@ -69,6 +69,14 @@ METHODS = {
     "simmim": dict(random=(0.60, 0.0), amt=[(0.44, 0.26), (0.33, 0.50)], unit=2, scale=(0.67, 1)),
     "maskfeat": dict(random=(0.40, 0.0), amt=[(0.44, 0.26), (0.33, 0.50)], unit=2, scale=(0.5, 1)),
 }
+STRATEGIES = {
+    "attention": amt.sample_patches,
+    "random": amt.random_ranking,
+    "attmask": amt.highest_first,
+    "mst": amt.lowest_first,
+    "block": amt.block_wise,
+    "grid": amt.grid_wise,
+}
 USE_MAPS = ["attention", "attmask", "mst"]               # strategies that rank by attention
 DEFAULTS = {  # flags of a data set that differ from cifar10's
     "cifar10": {},
@@ -114,7 +122,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--method", "mae", "maskfeat is simmim with HOG targets", choices=METHODS)
     add("--masking", "attention", "how patches are ranked: attention samples them by attention, "
         "attmask takes the highest attention first, mst the lowest; the others ignore attention",
-        choices=amt.STRATEGIES)
+        choices=STRATEGIES)
     add("--weights", "own", "the map that ranks the patches: own is the image's own attention map, "
         "shuffled is another image's map, uniform is 1 for each patch, debiased is the own map "
         "divided by the mean map of the data set",
@@ -346,7 +354,7 @@ class Pretraining(Stage):
             ranking = amt.random_ranking(weights)
             ratios = METHODS[args.method]["random"]
         else:
-            ranking = amt.STRATEGIES[args.masking](weights)
+            ranking = STRATEGIES[args.masking](weights)
             ratios = args.mask_ratio, args.throw_ratio
         return amt.mask_and_throw(ranking, *ratios, args.mask_unit)
 

@@ -1,7 +1,8 @@
 """Draws the pictures of the README. Needs matplotlib.
 
     python docs/figures.py method out-shapes     # docs/method.png, from the checkpoint of a run
-    python docs/figures.py paired                # docs/paired.png, from docs/logs
+    python docs/figures.py paired                # docs/paired.png and its table, from docs/logs
+    python docs/figures.py attention out-0 out-1 DATA_PATH     # docs/attention.png, of two seeds
 """
 import csv
 import sys
@@ -93,36 +94,69 @@ def method(out_dir: str):
 
 
 def paired():
-    """A dot for each seed: the difference of the linear probe between two runs of that seed."""
+    """A dot for each seed: the difference of the linear probe between two runs of that seed. Prints
+    the differences with their standard errors and the p of a paired t-test, as Markdown."""
     with open(DOCS / "logs" / "cifar10-16-epochs.csv", newline="") as file:
         rows = list(csv.DictReader(file))
 
     def probe(run):
-        return {row["seed"]: float(row["linear_probe"]) for row in rows if row["run"] == run}
+        rows_of_run = sorted((row for row in rows if row["run"] == run), key=lambda row: row["seed"])
+        return torch.tensor([float(row["probe_accuracy"]) for row in rows_of_run])
 
-    random, control = probe("random 0.75"), probe("random 0.45/0.40 from epoch 9")
-    attention = probe("AMT from epoch 9")
-    pairs = [("throwing at random\nminus random masking", control, random),
-             ("AMT minus\nthrowing at random", attention, control),
-             ("AMT minus\nrandom masking", attention, random)]
-    figure, axes = plt.subplots(figsize=(7, 3.2))
-    for place, (name, a, b) in enumerate(pairs):
-        seeds = sorted(a.keys() & b.keys())
-        differences = torch.tensor([a[seed] - b[seed] for seed in seeds])
-        mean, error = differences.mean(), differences.std() / len(seeds) ** 0.5
+    pairs = [("own", "uniform"), ("own", "shuffled"), ("debiased", "uniform"), ("own", "random"),
+             ("uniform", "random")]
+    figure, axes = plt.subplots(figsize=(8, 3.2))
+    for place, (run, control) in enumerate(pairs):
+        differences = probe(run) - probe(control)
+        n = len(differences)
+        mean, error = differences.mean().item(), differences.std().item() / n ** 0.5
+        print(f"| {run} - {control} | {mean:+.2f} | {error:.2f} | {p_value(mean / error, n - 1):.2f} |")
         axes.errorbar(place + 0.18, mean, error, fmt="_", color="black", capsize=4, markersize=14)
-        axes.text(place + 0.26, mean, f"{mean:+.2f} ± {error:.2f}", va="center", size=9)
-        axes.plot([place] * len(seeds), differences, "o", color=MASKED, alpha=0.8)
-        for seed, difference in zip(seeds, differences):
-            axes.text(place - 0.08, difference, seed, ha="right", va="center", size=8)
+        axes.text(place + 0.24, mean, f"{mean:+.2f}\n\u00b1 {error:.2f}", va="center", size=8)
+        axes.plot([place] * n, differences, "o", color=MASKED, alpha=0.8)
+        for seed, difference in enumerate(differences.tolist()):
+            axes.text(place - 0.08, difference, seed, ha="right", va="center", size=7)
     axes.axhline(0, color="grey", linewidth=1)
-    axes.set(xlim=(-0.4, 2.9), ylabel="points of linear probe")
-    axes.set_xticks(range(3), [name for name, _, _ in pairs])
+    axes.set(xlim=(-0.4, len(pairs) - 0.3), ylabel="points of linear probe")
+    axes.set_xticks(range(len(pairs)), [f"{run}\nminus {control}" for run, control in pairs])
     figure.savefig(DOCS / "paired.png", bbox_inches="tight")
 
 
+def p_value(t: float, df: int) -> float:
+    """The two-sided p of Student's t with df degrees of freedom, by numerical integration."""
+    x = torch.linspace(0, abs(t), 100_001, dtype=torch.float64)
+    density = torch.exp(torch.special.gammaln(torch.tensor((df + 1) / 2, dtype=torch.float64))
+                        - torch.special.gammaln(torch.tensor(df / 2, dtype=torch.float64)))
+    density = density / (df * torch.pi) ** 0.5 * (1 + x ** 2 / df) ** (-(df + 1) / 2)
+    return 1 - 2 * torch.trapezoid(density, x).item()
+
+
+def attention(out_dir_a: str, out_dir_b: str, data_path: str = "data"):
+    """What [CLS] attends to in eight test images, in two runs on CIFAR-10 that differ in the seed."""
+    figure, axes = plt.subplots(3, 8, figsize=(9, 3.9))
+    for row, out_dir in enumerate([out_dir_a, out_dir_b]):
+        settings = torch.load(Path(out_dir) / "checkpoint.pth", weights_only=True)["settings"]
+        args = train_cifar.parse_args(["--data-path", data_path, "--precision", "fp32",
+                                       "--depth", str(settings["depth"])])
+        data = train_cifar.load_data(args)
+        encoder = train_cifar.build_encoder(args)
+        encoder.load_state_dict(torch.load(Path(out_dir) / "encoder.pth", weights_only=True))
+        ids = torch.arange(8, 2008)
+        batches = [(i - 8, data.normalise(images)) for i, images in data.whole("test", ids)]
+        maps = amt.dataset_maps(encoder, batches, len(ids)).float()
+        share = 100 * maps.mean(dim=0).var() / maps.var()
+        for column in range(8):
+            axes[0, column].imshow(data.test[ids[column]].permute(1, 2, 0))
+            axes[row + 1, column].imshow(maps[column], cmap="magma", vmin=0, vmax=1)
+        axes[row + 1, 0].set_ylabel(f"seed {settings['seed']}\nposition\n{share:.0f} %")
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    figure.subplots_adjust(wspace=0.05, hspace=0.05)
+    figure.savefig(DOCS / "attention.png", bbox_inches="tight")
+
+
 if __name__ == "__main__":
-    commands = {"method": method, "paired": paired}
+    commands = {"method": method, "paired": paired, "attention": attention}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])
