@@ -3,6 +3,7 @@
     python docs/figures.py method out-shapes     # docs/method.png, from the checkpoint of a run
     python docs/figures.py paired                # docs/paired.png and its table, from docs/logs
     python docs/figures.py attention out-0 out-1 DATA_PATH     # docs/attention.png, of two seeds
+    python docs/figures.py objects out-shapes ...     # attention on the objects of shapes
 """
 import csv
 import sys
@@ -155,8 +156,34 @@ def attention(out_dir_a: str, out_dir_b: str, data_path: str = "data"):
     figure.savefig(DOCS / "attention.png", bbox_inches="tight")
 
 
+def objects(*out_dirs: str):
+    """Prints how much of the attention of [CLS] lies on the objects of the test images of shapes."""
+    args = train_cifar.parse_args(["--dataset", "shapes"])
+    data = train_cifar.load_data(args)
+    colours = (data.test.long() * torch.tensor([65536, 256, 1])[:, None, None]).sum(dim=1)
+    inside = []                                          # an object has two colours, the most common
+    for image in colours:
+        values, counts = image.unique(return_counts=True)
+        inside.append(torch.isin(image, values[counts.topk(2).indices]))
+    area = amt.patchify(torch.stack(inside)[:, None].float(), args.patch_size).mean(dim=2)
+    print(f"objects: {100 * area.mean():.1f} % of the area")
+    for out_dir in out_dirs:
+        encoder = train_cifar.build_encoder(args)
+        encoder.load_state_dict(torch.load(Path(out_dir) / "encoder.pth", weights_only=True))
+        maps = amt.dataset_maps(encoder, [(ids, data.normalise(images)) for ids, images
+                                          in data.whole("test", torch.arange(1000))], 1000).float()
+        weights = maps.flatten(1)
+        on_objects = (weights * area).sum(dim=1) / weights.sum(dim=1)
+        position = maps.mean(dim=0).var() / maps.var()
+        torch.manual_seed(0)
+        visible = amt.mask_and_throw(amt.sample_patches(weights), 0.45, 0.40)[2]
+        print(f"{out_dir}: objects have {100 * on_objects.mean():.1f} % of the attention and "
+              f"{100 * area.gather(1, visible).mean():.1f} % of the visible patches; position "
+              f"explains {100 * position:.0f} % of the variance")
+
+
 if __name__ == "__main__":
-    commands = {"method": method, "paired": paired, "attention": attention}
+    commands = {"method": method, "paired": paired, "attention": attention, "objects": objects}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])
