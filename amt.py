@@ -4,10 +4,10 @@ Liu, Gui and Luo. Good Helper Is around You: Attention-Driven Masked Image Model
 https://arxiv.org/abs/2211.15362
 
 Masked image modeling hides patches of an image and trains a vision transformer to predict them.
-Random masking ignores what is in the image. AMT uses the model's own attention. Every tenth of the
-training, the encoder runs on all uncropped training images, and AMT stores how much [CLS] attends
-to each patch. In each step AMT draws a random ranking of the patches of each image. Patches with
-more attention tend to come first. The ranking is split into three parts:
+Random masking ignores what is in the image. AMT uses the model's own attention. After each tenth
+of the training, the encoder runs on all whole training images, and AMT stores how much [CLS]
+attends to each patch. In each step AMT draws a random ranking of the patches of each image. Patches
+with more attention tend to come first. The ranking is split into three parts:
 
     masked:  the top. The encoder does not see these patches, and the model predicts them.
     thrown:  the middle. These patches never enter the model and are not predicted.
@@ -79,7 +79,7 @@ def select(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def sincos_pos_embed(embed_dim: int, grid_size: int) -> Tensor:
-    """MAE's fixed 2-d sine-cosine positions (1, 1+N, D) of a square grid; zeros for [CLS], row 0.
+    """MAE's fixed 2-d sine-cosine positions (1, 1+N, D) of a square grid. Row 0, [CLS]'s, is 0.
 
     The first half of the channels encodes the column of a patch, the second half its row. Each half
     holds D/4 sines, then D/4 cosines. The wavelengths grow geometrically from 2 pi to almost
@@ -144,8 +144,8 @@ class Attention(nn.Module):
         """The attention (B, heads, N) of [CLS] to the patches, from tokens (B, T, D) (Eq. 3).
 
         [CLS] is the first token. The first `num_prefix_tokens` tokens are not patches: [CLS] and,
-        in some models, registers. The softmax includes these tokens, and the result leaves them
-        out. So a row sums to less than 1.
+        in some models, registers. The softmax includes them. The result does not, so a row sums to
+        less than 1.
         """
         w_q, w_k, _ = self.qkv.weight.chunk(3)
         b_q, b_k, _ = self.qkv.bias.chunk(3)
@@ -270,14 +270,16 @@ def attention_maps(vit: nn.Module, images: Tensor) -> Tensor:
     """
     training_modules = [m for m in vit.modules() if m.training]
     vit.eval()
-    a = vit.cls_attention(images).float()                                    # (B, heads, N)
-    for m in training_modules:
-        m.training = True
+    try:
+        a = vit.cls_attention(images).float()                                # (B, heads, N)
+    finally:
+        for m in training_modules:
+            m.training = True
     h = square_side(a.shape[2])
     if not a.isfinite().all():
         raise ValueError("the attention of [CLS] is nan or infinite: the images or the encoder's "
                          "parameters are not finite, so go back to an earlier checkpoint")
-    # The paper averages first. The authors' code normalises each head, then averages.
+    # As in the paper: average, then normalise. The authors' code normalises each head first.
     a_w = a.mean(dim=1)                                                      # Eq. 4: (B, N)
     low, high = a_w.aminmax(dim=1, keepdim=True)
     a_w = (a_w - low) / (high - low).clamp_min(torch.finfo(a_w.dtype).tiny)  # min-max: [0, 1]
@@ -305,10 +307,10 @@ def dataset_maps(vit: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], n: in
 
 # ==== 4. Crops of images and of maps ==============================================================
 
-def random_crops(n: int, scale: tuple[float, float] = (0.2, 1.0),
+def random_crops(B: int, scale: tuple[float, float] = (0.2, 1.0),
                  ratio: tuple[float, float] = (3 / 4, 4 / 3),
                  generator: torch.Generator | None = None, image_ratio: float = 1.0) -> Tensor:
-    """Random resized crops and horizontal flips of n images, as affine transforms theta (n, 2, 3).
+    """Random resized crops and horizontal flips of B images, as affine transforms theta (B, 2, 3).
 
     This is RandomResizedCrop and RandomHorizontalFlip for a whole batch. The area of a crop, as a
     fraction of the image's area, is uniform in `scale`. The logarithm of its width / height is
@@ -320,13 +322,13 @@ def random_crops(n: int, scale: tuple[float, float] = (0.2, 1.0),
     run from -1 to 1. theta is on the generator's device, or without a generator on the CPU.
     """
     device = generator.device if generator else None
-    area, aspect, x, y, flip = torch.rand(5, n, generator=generator, device=device)
-    area = scale[0] + (scale[1] - scale[0]) * area
-    aspect = ratio[0] * (ratio[1] / ratio[0]) ** aspect
-    aspect = aspect / image_ratio                        # now in fractions of the image's sides
+    s, r, x, y, flip = torch.rand(5, B, generator=generator, device=device)
+    area = scale[0] + (scale[1] - scale[0]) * s
+    aspect = ratio[0] * (ratio[1] / ratio[0]) ** r       # width / height in pixels
+    aspect = aspect / image_ratio                        # in fractions of the image's sides
     width = (area * aspect).sqrt().clamp(max=1)
     height = (area / aspect).sqrt().clamp(max=1)
-    theta = torch.zeros(n, 2, 3, device=device)
+    theta = torch.zeros(B, 2, 3, device=device)
     theta[:, 0, 0] = torch.where(flip < 0.5, -width, width)
     theta[:, 1, 1] = height
     theta[:, 0, 2] = (1 - width) * (2 * x - 1)           # centre of the crop
@@ -352,11 +354,11 @@ def crop_weights(maps: Tensor, theta: Tensor, img_size: int, patch_size: int) ->
 
     The maps (B, h, w) of the whole images are interpolated to img_size x img_size pixels, cropped
     with theta (B, 2, 3), and summed per patch. Use the same theta for `crop` and `crop_weights`:
-    then each patch of the crop gets the weight of the image area that it shows. To mask units of
-    u x u patches, give patch_size = u * p; the result has one weight for each unit.
+    then each patch of the crop gets the weight of the image area that it shows. For units of u x u
+    patches, give patch_size = u * p. Then N counts units.
     """
-    # This follows the paper. The authors' code divides the pixel positions of a crop by 224 instead
-    # of 16. So it reads the same cells, at the top left of the map, for every crop.
+    # This follows the paper. The authors' code divides pixel positions by 224, not by 16. So every
+    # crop reads the same cells, at the top left of the map.
     x = F.interpolate(maps.float()[:, None], size=img_size, mode="bilinear", align_corners=False)
     x = crop(x, theta, img_size, "bilinear")                                 # (B, 1, H, H)
     return patchify(x, patch_size).sum(dim=2)                                # P_A: (B, N)
@@ -368,20 +370,20 @@ def sample_patches(weights: Tensor, generator: torch.Generator | None = None) ->
     """Draws a ranking M (B, N), int64, of N patches with weights (B, N) (Eq. 5).
 
     Each row is a permutation of 0 ... N-1, sampled without replacement with probabilities
-    proportional to the weights, as `torch.multinomial(weights, N)` samples it. Patches of weight
-    zero come last, in random order. The generator, if given, is on the device of the weights.
-    Raises ValueError if a weight on the CPU is negative, infinite or nan. (On a GPU this check
-    would make each step wait.)
+    proportional to the weights. `torch.multinomial(weights, N)` does the same for positive weights.
+    Here, patches of weight zero come last, in random order. The generator, if given, is on the
+    device of the weights. Raises ValueError if a weight on the CPU is negative, infinite or nan.
+    (On a GPU this check would make each step wait.)
     """
     w = weights.float()
     if w.device.type == "cpu" and not ((w >= 0) & (w < math.inf)).all():
         raise ValueError("some weights are negative, infinite or nan: give finite weights of at "
                          "least 0")
-    # Draw E_i from an exponential distribution and sort the patches by E_i / w_i, the smallest
-    # first. This samples without replacement in proportion to w (Efraimidis and Spirakis, 2006;
-    # also known as Gumbel top-k). We sort by log w - log E, the largest first. This avoids overflow
-    # and underflow. log E is between -88 and 5. So a positive weight gives at least -109. A zero
-    # weight gets log w = -200, which gives at most -112, and comes last.
+    # Draw E_i from an exponential distribution. The smallest E_i / w_i ranks first. This samples
+    # without replacement in proportion to w (Efraimidis and Spirakis, 2006; also known as Gumbel
+    # top-k). Logarithms avoid overflow and underflow: we sort by log w - log E, largest first.
+    # log E is between -88 and 5. A positive w gives at least -109. A zero w has log w = -200, gives
+    # at most -112, and comes last.
     E = torch.empty_like(w).exponential_(generator=generator).clamp_min(torch.finfo(w.dtype).tiny)
     log_w = torch.where(w > 0, w.log(), -200.0)
     return (log_w - E.log()).argsort(dim=1, descending=True)                 # Eq. 5
@@ -424,8 +426,11 @@ def expand_units(units: Tensor, grid_size: int, unit: int) -> Tensor:
     Units are numbered row by row, as patches are. `grid_size` is the side h of the grid of patches.
     Raises ValueError if u does not divide it.
     """
-    numbers = torch.arange(grid_size ** 2, device=units.device)
-    members = patchify(numbers.view(1, 1, grid_size, grid_size), unit)[0]    # (N / (u*u), u*u)
+    if unit < 1 or grid_size % unit:
+        raise ValueError(f"units of {unit}x{unit} patches do not fill a grid of "
+                         f"{grid_size}x{grid_size}: choose a unit that divides {grid_size}")
+    patches = torch.arange(grid_size ** 2, device=units.device)
+    members = patchify(patches.view(1, 1, grid_size, grid_size), unit)[0]    # (N / (u*u), u*u)
     return members[units].flatten(1)                                         # (B, K*u*u)
 
 
@@ -454,7 +459,7 @@ class MAE(nn.Module):
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, 3 * encoder.patch_size ** 2)
         init_weights(self)
-        self.encoder = encoder           # set after init_weights, which must not touch its weights
+        self.encoder = encoder           # set last: init_weights must not change the encoder
         self.norm_pix_loss = norm_pix_loss
 
     def target(self, images: Tensor, masked: Tensor) -> Tensor:
@@ -494,28 +499,29 @@ def hog(images: Tensor, patch_size: int, bins: int = 9) -> Tensor:
     A simple form of Dalal and Triggs, 2005. Each patch has 2 x 2 cells, and each cell has one
     histogram for each channel. The bins are equal parts of 180 degrees. A pixel adds the length of
     its gradient to the bin of its orientation. Then each histogram is divided by its l2 norm. Cells
-    are ordered row by row. Gradients are central differences. So at the edge of a patch they depend
-    on the neighbouring patches, including thrown ones. Half precision is too coarse: give float32.
+    are ordered row by row. Gradients are central differences. At the edge of a patch they use
+    pixels of its neighbours, even of thrown ones. Half precision is too coarse: give float32.
     Raises ValueError if p is odd or does not divide H and W.
     """
     B, C, H, W = images.shape
     if patch_size < 2 or patch_size % 2 or H % patch_size or W % patch_size:
         raise ValueError(f"patch size {patch_size} with images of {H}x{W} pixels: choose an even "
                          f"number that divides both sides, because a cell is half a patch wide")
-    c = patch_size // 2
+    side = patch_size // 2                               # of a cell of S pixels
 
     def cells(x: Tensor) -> Tensor:
-        return x.unfold(2, c, c).unfold(3, c, c).flatten(4)                  # (B, C, 2h, 2w, c*c)
+        return x.unfold(2, side, side).unfold(3, side, side).flatten(4)      # (B, C, 2h, 2w, S)
 
     dx = F.pad(images[:, :, :, 2:] - images[:, :, :, :-2], (1, 1))           # 0 at the borders
     dy = F.pad(images[:, :, 2:] - images[:, :, :-2], (0, 0, 1, 1))
+    length = torch.hypot(dx, dy)
     orientation = torch.atan2(dy, dx) % math.pi          # opposite directions are one orientation
-    index = (orientation * (bins / math.pi)).long().clamp(max=bins - 1)
-    x = images.new_zeros(B, C, H // c, W // c, bins)
-    x = x.scatter_add(4, cells(index), cells(torch.hypot(dx, dy)))
+    bin_of_pixel = (orientation * (bins / math.pi)).long().clamp(max=bins - 1)
+    histogram = images.new_zeros(B, C, H // side, W // side, bins)
+    histogram = histogram.scatter_add(4, cells(bin_of_pixel), cells(length))
     # Flat cells hold rounding noise only. This epsilon, scikit-image's, keeps them near zero.
-    x = x / (x.square().sum(dim=4, keepdim=True) + 1e-5 ** 2).sqrt()
-    x = x.permute(0, 1, 4, 2, 3).flatten(1, 2)                               # (B, C*bins, 2h, 2w)
+    norm = (histogram.square().sum(dim=4, keepdim=True) + 1e-5 ** 2).sqrt()
+    x = (histogram / norm).permute(0, 1, 4, 2, 3).flatten(1, 2)              # (B, C*bins, 2h, 2w)
     return patchify(x, 2)                                                    # (B, N, 4*C*bins)
 
 
@@ -526,8 +532,9 @@ class SimMIM(nn.Module):
     predicts histograms of gradients instead of pixels, with an l2 loss instead of l1. `encoder` is
     a ViT, or a module that has `embed_dim`, `patch_size`, `pos_embed`, `embed` and `run_blocks`.
 
-    The loss never uses the last block's query of [CLS], although Eq. 3 reads it. Only the patches
-    train that block. Raises ValueError for another target, or for "hog" with an odd patch size.
+    The loss does not use the query of [CLS] in the last block, but Eq. 3 does. The weights that
+    make this query are trained only by the queries of the patches.
+    Raises ValueError for another target, or for "hog" with an odd patch size.
     """
 
     def __init__(self, encoder: nn.Module, target: str = "pixels"):
@@ -545,7 +552,7 @@ class SimMIM(nn.Module):
         self.mask_token = nn.Parameter(torch.randn(1, 1, encoder.embed_dim) * 0.02)
         self.head = nn.Linear(encoder.embed_dim, target_dim)
         init_weights(self)
-        self.encoder = encoder           # set after init_weights, which must not touch its weights
+        self.encoder = encoder           # set last: init_weights must not change the encoder
 
     def target(self, images: Tensor, masked: Tensor) -> Tensor:
         """Pixels (B, K_masked, p*p*3) or histograms (B, K_masked, 108) of the masked patches."""
@@ -566,9 +573,38 @@ class SimMIM(nn.Module):
         return loss, pred
 
 
-# ==== 8. Other strategies =========================================================================
-# Each has the arguments of `sample_patches` and returns a ranking (B, N). Of the weights,
-# `random_ranking`, `grid_wise` and `block_wise` use only the shape and the device.
+# ==== 8. One training step ========================================================================
+
+def training_step(model: nn.Module, images: Tensor, theta: Tensor, maps: Tensor,
+                  mask_ratio: float = 0.45, throw_ratio: float = 0.40, unit: int = 1,
+                  strategy: Callable = sample_patches) -> Tensor:
+    """The loss, a scalar, of a MAE or SimMIM on crops `images` (B, 3, H, H).
+
+    theta (B, 2, 3) says where the crops lie. `maps` (B, h, w) are the attention maps of the whole
+    images: `dataset_maps(...)[ids]`. The default ratios are those of AMT with MAE. The caller
+    computes new maps after each tenth of the training. Before the first ones exist, give maps of
+    ones and the ratios of random masking: see `mask_and_throw`.
+
+    A data set for `torch.utils.data.DataLoader` returns each crop with its theta and its index.
+    Here self.images (n, 3, H, H) are normalised:
+
+        def __getitem__(self, i):
+            theta = random_crops(1)
+            return crop(self.images[i][None], theta, 224, "bicubic")[0], theta[0], i
+
+    Raises ValueError if units of u x u patches do not fill the images.
+    """
+    patch_size = getattr(model, "module", model).encoder.patch_size          # DDP has a `module`
+    weights = crop_weights(maps, theta, images.shape[2], unit * patch_size)  # one for each unit
+    ranking = strategy(weights)
+    masked, _, visible = mask_and_throw(ranking, mask_ratio, throw_ratio, unit)
+    loss, _ = model(images, visible=visible, masked=masked)
+    return loss
+
+
+# ==== 9. Other strategies =========================================================================
+# Each has the arguments of `sample_patches` and returns a ranking (B, N). `random_ranking`,
+# `grid_wise` and `block_wise` use only the shape and the device of the weights.
 
 def random_ranking(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Ranks uniformly at random: He et al., 2022 (MAE), Xie et al., 2022 (SimMIM)."""
@@ -594,12 +630,12 @@ def grid_wise(weights: Tensor, generator: torch.Generator | None = None) -> Tens
     """
     B, N = weights.shape
     h = square_side(N)
-    place = torch.arange(N, device=weights.device)
-    row = place // h % 2                                 # 0 in even rows, 1 in odd rows
-    column = place % h % 2
-    rank = 2 * (row != column) + row     # 0: both even, 1: both odd, 2: odd column, 3: odd row
+    patch = torch.arange(N, device=weights.device)
+    odd_row = (patch // h) % 2
+    odd_column = (patch % h) % 2
+    quarter = 2 * (odd_row != odd_column) + odd_row      # 0 and 1: the checkerboard
     noise = torch.rand(B, N, generator=generator, device=weights.device)
-    return (rank + noise).argsort(dim=1)
+    return (quarter + noise).argsort(dim=1)
 
 
 def block_wise(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -611,48 +647,21 @@ def block_wise(weights: Tensor, generator: torch.Generator | None = None) -> Ten
     """
     B, N = weights.shape
     h = square_side(N)
-    n_blocks = 64                                        # enough to cover almost the whole image
+    K = 64                               # rectangles, enough to cover almost the whole image
 
     def rand() -> Tensor:
-        return torch.rand(B, n_blocks, 1, generator=generator, device=weights.device)
+        return torch.rand(B, K, 1, generator=generator, device=weights.device)
 
     area = (0.08 + 0.32 * rand()) * N
     aspect = 0.3 ** (2 * rand() - 1)
-    height = (area * aspect).sqrt().round().clamp(1, h)                      # (B, n_blocks, 1)
+    height = (area * aspect).sqrt().round().clamp(1, h)                      # (B, K, 1)
     width = (area / aspect).sqrt().round().clamp(1, h)
     top = (rand() * (h - height + 1)).floor()
     left = (rand() * (h - width + 1)).floor()
-    place = torch.arange(N, device=weights.device)
-    row, column = place // h, place % h                                      # (N,)
+    patch = torch.arange(N, device=weights.device)
+    row, column = patch // h, patch % h                                      # (N,)
     inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
-    number = torch.arange(n_blocks, device=weights.device)[:, None]          # (n_blocks, 1)
+    rectangle = torch.arange(K, device=weights.device)[:, None]              # (K, 1)
     # A patch belongs to the first rectangle that contains it. Patches in no rectangle come last.
-    first = torch.where(inside, number, n_blocks).amin(dim=1)                # (B, N)
-    return first.argsort(dim=1, stable=True)
-
-
-# ==== 9. One training step ========================================================================
-
-def training_step(model: nn.Module, images: Tensor, theta: Tensor, maps: Tensor, patch_size: int,
-                  mask_ratio: float = 0.45, throw_ratio: float = 0.40, unit: int = 1,
-                  strategy: Callable = sample_patches) -> Tensor:
-    """The loss, a scalar, of one step on crops `images` (B, 3, H, H), cut out by theta (B, 2, 3).
-
-    `maps` (B, h, w) are the attention maps of these images: rows `ids` of the result of
-    `dataset_maps`. The default ratios are those of AMT with MAE. Before the first maps exist, give
-    maps of ones, which rank at random, and the ratios of random masking: see `mask_and_throw`.
-
-    A data set for `torch.utils.data.DataLoader` returns each crop with its theta and its index:
-
-        def __getitem__(self, i):
-            theta = random_crops(1)
-            return crop(self.images[i][None], theta, 224, "bicubic")[0], theta[0], i
-
-    Here self.images (n, 3, H, H) are normalised.
-    Raises ValueError if units of u x u patches do not fill the images.
-    """
-    weights = crop_weights(maps, theta, images.shape[2], unit * patch_size)  # one for each unit
-    ranking = strategy(weights)
-    masked, _, visible = mask_and_throw(ranking, mask_ratio, throw_ratio, unit)
-    loss, _ = model(images, visible=visible, masked=masked)
-    return loss
+    first_rectangle = torch.where(inside, rectangle, K).amin(dim=1)          # (B, N)
+    return first_rectangle.argsort(dim=1, stable=True)

@@ -91,14 +91,14 @@ def vit_with_attention(attention):
     (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.5, -0.1), "ratio -0.1 .* -6 thrown"),
     (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.6, 0.4), "38 masked, 26 thrown, 0 visible"),
     (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.001), "0 masked, 0 thrown, 64 visible"),
-    (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.4, unit=0), "0x0"),
-    (lambda: amt.expand_units(torch.zeros(1, 4).long(), 8, 3), "8x8 .* 3x3"),
+    (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.4, unit=0), "0x0 patches"),
+    (lambda: amt.expand_units(torch.zeros(1, 4).long(), 8, 3), "3x3 patches.*grid of 8x8"),
     (lambda: tiny_mae()(random_images(2), *split(2)[:2]), "positional argument"),
     (lambda: tiny_simmim()(random_images(2), *split(2)[:2]), "positional argument"),
     (lambda: amt.hog(torch.zeros(1, 3, 10, 10), 5), "patch size 5 with images of 10x10.*even"),
     (lambda: tiny_simmim("edges"), '"edges".*"pixels" or "hog"'),
     (lambda: amt.training_step(tiny_mae(), random_images(2), amt.random_crops(2),
-                               torch.ones(2, 4, 4), 4, unit=3), "16x16.*12x12"),
+                               torch.ones(2, 4, 4), unit=3), "16x16.*12x12"),
     (lambda: amt.grid_wise(torch.rand(1, 17)), "N = 17 patches.*square.*extra tokens"),
     (lambda: amt.block_wise(torch.rand(1, 17)), "N = 17 patches.*square.*extra tokens"),
 ])
@@ -220,7 +220,7 @@ def test_initialisation_is_maes_and_a_model_leaves_its_encoder_as_it_is():
         assert token.std().item() == pytest.approx(0.02, rel=0.3)
 
 
-# ==== 3. Masking weights ==========================================================================
+# ==== 3. Attention maps ===========================================================================
 
 def torch_attention(layer, x):
     """The attention (B, heads, T) of the first token, from PyTorch's own layer."""
@@ -257,9 +257,10 @@ def test_attention_maps_restore_the_modes_and_refuse_attention_that_is_not_finit
     amt.attention_maps(vit, images)
     assert [m.training for m in vit.modules()] == modes
     images[1, 2, 7, 7] = math.nan
-    with pytest.raises(ValueError, match="not finite"):
-        amt.attention_maps(vit, images)
-    assert [m.training for m in vit.modules()] == modes
+    for bad in (images, images[:, :, 1:]):
+        with pytest.raises(ValueError, match="not finite|do not fit"):
+            amt.attention_maps(vit, bad)
+        assert [m.training for m in vit.modules()] == modes
 
 
 def test_dataset_maps_puts_each_map_at_the_index_of_its_image_and_shares_sum_to_the_whole():
@@ -273,7 +274,7 @@ def test_dataset_maps_puts_each_map_at_the_index_of_its_image_and_shares_sum_to_
     assert torch.equal(shares, maps)
 
 
-# ==== 4. Crops of images and of weights ===========================================================
+# ==== 4. Crops of images and of maps ==============================================================
 
 @pytest.mark.parametrize("image_ratio", [1.0, 0.5, 3.0])
 def test_random_crops_have_the_distribution_of_random_resized_crop(image_ratio):
@@ -493,7 +494,51 @@ def test_hog_equals_scikit_images():
     np.testing.assert_allclose(amt.hog(image, 8)[0], cells_to_patches(theirs[:, :, 0]), atol=1e-7)
 
 
-# ==== 8. Other strategies =========================================================================
+# ==== 8. One training step ========================================================================
+
+@pytest.mark.parametrize("name, n_masked, n_thrown, unit, given", [
+    ("mae", 7, 6, 1, {}),                                # AMT's 0.45 and 0.40 are the defaults
+    ("simmim", 2, 1, 2, dict(mask_ratio=0.44, throw_ratio=0.26, unit=2)),
+])
+def test_training_step_equals_its_parts(name, n_masked, n_thrown, unit, given):
+    model, images, theta = MODELS[name](), random_images(3), amt.random_crops(3, generator=rng())
+    maps = torch.rand(3, 4, 4, generator=rng()) ** 4
+    torch.manual_seed(5)
+    loss = amt.training_step(model, images, theta, maps, **given)
+    torch.manual_seed(5)
+    weights = amt.crop_weights(maps, theta, 16, 4 * unit)
+    ids = amt.expand_units(amt.sample_patches(weights), 4, unit)     # all patches, as ranked
+    masked, visible = ids[:, :n_masked * unit ** 2], ids[:, (n_masked + n_thrown) * unit ** 2:]
+    assert torch.equal(loss, model(images, visible=visible, masked=masked)[0])
+    assert loss.requires_grad
+
+
+def test_training_step_masks_what_the_map_of_each_image_of_a_loader_marks():
+    # The map of an image is its brightness, so the brightest patches of each crop must be masked.
+    maps = torch.rand(12, 4, 4, generator=rng())
+
+    class Crops(torch.utils.data.Dataset):
+        images = F.interpolate(maps[:, None], size=64, mode="bilinear").expand(-1, 3, -1, -1)
+
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, i):
+            theta = amt.random_crops(1)
+            return amt.crop(self.images[i][None], theta, 32, "bicubic")[0], theta[0], i
+
+    def model(images, *, visible, masked):
+        x = amt.patchify(images, 4).mean(dim=2)
+        return (x.gather(1, masked).amin(dim=1) - x.gather(1, visible).amax(dim=1)).amin(), None
+
+    torch.manual_seed(0)
+    model.encoder = tiny_vit()
+    for images, theta, ids in torch.utils.data.DataLoader(Crops(), batch_size=5, shuffle=True):
+        gap = amt.training_step(model, images, theta, maps[ids], strategy=amt.highest_first)
+        assert gap > 0.05                                # the thrown patches lie between
+
+
+# ==== 9. Other strategies =========================================================================
 
 @pytest.mark.parametrize("N", [16, 49, 196])
 @pytest.mark.parametrize("name", train_cifar.STRATEGIES)
@@ -544,49 +589,6 @@ def test_block_wise_ranks_rectangles_of_the_right_shapes_each_row_by_row():
     assert (masked.sum(dim=0) > 5).all()
     edges = masked.diff(dim=1).abs().sum(dim=(1, 2)) + masked.diff(dim=2).abs().sum(dim=(1, 2))
     assert edges.mean() < 60 and edges.max() < 100       # 175 if patches are masked independently
-
-
-# ==== 9. One training step ========================================================================
-
-@pytest.mark.parametrize("name, n_masked, n_thrown, unit, given", [
-    ("mae", 7, 6, 1, {}),                                # AMT's 0.45 and 0.40 are the defaults
-    ("simmim", 2, 1, 2, dict(mask_ratio=0.44, throw_ratio=0.26, unit=2)),
-])
-def test_training_step_equals_its_parts(name, n_masked, n_thrown, unit, given):
-    model, images, theta = MODELS[name](), random_images(3), amt.random_crops(3, generator=rng())
-    maps = torch.rand(3, 4, 4, generator=rng()) ** 4
-    torch.manual_seed(5)
-    loss = amt.training_step(model, images, theta, maps, 4, **given)
-    torch.manual_seed(5)
-    weights = amt.crop_weights(maps, theta, 16, 4 * unit)
-    ids = amt.expand_units(amt.sample_patches(weights), 4, unit)     # all patches, as ranked
-    masked, visible = ids[:, :n_masked * unit ** 2], ids[:, (n_masked + n_thrown) * unit ** 2:]
-    assert torch.equal(loss, model(images, visible=visible, masked=masked)[0])
-    assert loss.requires_grad
-
-
-def test_training_step_masks_what_the_map_of_each_image_of_a_loader_marks():
-    # The map of an image is its brightness, so the brightest patches of each crop must be masked.
-    maps = torch.rand(12, 4, 4, generator=rng())
-
-    class Crops(torch.utils.data.Dataset):
-        images = F.interpolate(maps[:, None], size=64, mode="bilinear").expand(-1, 3, -1, -1)
-
-        def __len__(self):
-            return 12
-
-        def __getitem__(self, i):
-            theta = amt.random_crops(1)
-            return amt.crop(self.images[i][None], theta, 32, "bicubic")[0], theta[0], i
-
-    def model(images, *, visible, masked):
-        x = amt.patchify(images, 4).mean(dim=2)
-        return (x.gather(1, masked).amin(dim=1) - x.gather(1, visible).amax(dim=1)).amin(), None
-
-    torch.manual_seed(0)
-    for images, theta, ids in torch.utils.data.DataLoader(Crops(), batch_size=5, shuffle=True):
-        gap = amt.training_step(model, images, theta, maps[ids], 4, strategy=amt.highest_first)
-        assert gap > 0.05                                # the thrown patches lie between
 
 
 # ==== train_cifar.py: helpers =====================================================================
@@ -751,7 +753,7 @@ def finished(tmp_path_factory):
     (["--batch-size", 0], "--batch-size 0 is not allowed: give 1 or more"),
     (["--batch-size", 1], "too small for the BatchNorm of the linear probe: give 2 or more"),
     (["--mask-ratio", 0.75], "12 masked, 6 thrown, -2 visible.*--throw-ratio"),
-    (["--mask-unit", 3], "unit of 3 does not divide .* 4 patches.*--mask-unit"),
+    (["--mask-unit", 3], "3x3 patches do not fill a grid of 4x4.*--mask-unit"),
     (["--blr", "nan"], "--blr nan is not allowed: give a number"),
     (["--epochs", 0], "--epochs 0 with --checkpoint None: give .* FILE or none"),
     (["--update-interval", 6], "--update-interval 6 is not less than --epochs 6"),

@@ -205,9 +205,7 @@ def check(args, error):
         with torch.device("meta"):
             build_model(args)
         grid = args.img_size // args.patch_size
-        if grid % args.mask_unit:
-            raise ValueError(f"a mask unit of {args.mask_unit} does not divide the side of the "
-                             f"image, which is {grid} patches")
+        amt.expand_units(torch.zeros(1, 1).long(), grid, args.mask_unit)
         ranking = torch.zeros(1, (grid // args.mask_unit) ** 2)
         amt.mask_and_throw(ranking, *METHODS[args.method]["random"])
         amt.mask_and_throw(ranking, args.mask_ratio, args.throw_ratio)
