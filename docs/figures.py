@@ -65,7 +65,8 @@ def method(out_dir: str):
     arrow(1.65, 3.45, 3.35, 3.45, "attention_maps")
     show(maps[0], 3.4, 2.7, 1.5, cmap="magma")
     text(4.15, 4.4, "attention of [CLS]")
-    arrow(4.95, 3.45, 6.6, 3.45, "sample_patches")
+    arrow(4.95, 3.45, 6.6, 3.45, "crop_weights")
+    text(5.78, 3.29, "sample_patches", family="monospace", size=8)
     text(8.7, 4.4, "ranking of the 64 patches, mask_and_throw", size=10)
     for place, i in enumerate(ranking[0].tolist()):
         colour = MASKED if place < masked.shape[1] else (
@@ -85,11 +86,13 @@ def method(out_dir: str):
     arrow(4.0, 1.2, 5.85, 1.2, "")
     for place in range(6):
         tile(0, 4.2 + 0.25 * place, 0.55, 0.21, MASKED, empty=True)
-    text(4.95, 0.3, "mask tokens with the\npositions of the masked", size=8)
+    text(5.8, 0.6, "...")
+    text(4.95, 0.3, f"{masked.shape[1]} mask tokens with the\npositions of the masked", size=8)
     arrow(7.35, 1.2, 8.3, 1.2)
     for place, i in enumerate(masked[0, :15].tolist()):
         tile(i, 8.4 + 0.25 * (place % 5), 1.35 - 0.3 * (place // 5), 0.21, MASKED)
-    text(9.0, 0.35, "predict the masked: loss", size=9)
+    text(9.75, 0.8, "...")
+    text(9.0, 0.35, f"predict the {masked.shape[1]} masked: loss", size=9)
     text(10.3, 1.2, "thrown:\nneither seen\nnor predicted", size=9, color=THROWN)
     figure.savefig(DOCS / "method.png", bbox_inches="tight")
 
@@ -112,13 +115,15 @@ def paired():
         n = len(differences)
         mean, error = differences.mean().item(), differences.std().item() / n ** 0.5
         print(f"| {run} - {control} | {mean:+.2f} | {error:.2f} | {p_value(mean / error, n - 1):.2f} |")
-        axes.errorbar(place + 0.18, mean, error, fmt="_", color="black", capsize=4, markersize=14)
-        axes.text(place + 0.24, mean, f"{mean:+.2f}\n\u00b1 {error:.2f}", va="center", size=8)
-        axes.plot([place] * n, differences, "o", color=MASKED, alpha=0.8)
+        axes.errorbar(place + 0.22, mean, error, fmt="_", color="black", capsize=4, markersize=14)
+        axes.text(place + 0.28, mean, f"{mean:+.2f}\n\u00b1 {error:.2f}", va="center", size=8)
         for seed, difference in enumerate(differences.tolist()):
-            axes.text(place - 0.08, difference, seed, ha="right", va="center", size=7)
+            x = place - 0.15 + 0.07 * seed
+            axes.plot(x, difference, "o", color=MASKED, alpha=0.8)
+            axes.annotate(f"{seed}", (x, difference), (0, 5), textcoords="offset points",
+                          ha="center", size=7)
     axes.axhline(0, color="grey", linewidth=1)
-    axes.set(xlim=(-0.4, len(pairs) - 0.3), ylabel="points of linear probe")
+    axes.set(xlim=(-0.4, len(pairs) - 0.3), ylabel="points of linear probe, a dot for each seed")
     axes.set_xticks(range(len(pairs)), [f"{run}\nminus {control}" for run, control in pairs])
     figure.savefig(DOCS / "paired.png", bbox_inches="tight")
 
