@@ -112,7 +112,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, patches: Tensor) -> Tensor:
-        # Brings the pixels into the order of patchify.
+        # Order the weight's pixels as patchify does.
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)             # (D, p*p*3)
         return F.linear(patches, weight, self.proj.bias)
 
@@ -177,7 +177,7 @@ class Block(nn.Module):
 
 
 def init_weights(module: nn.Module):
-    """MAE's initialisation of all projections: Xavier-uniform weights and zero biases."""
+    """MAE's initialisation: Xavier-uniform weights, zero biases (also of the patch projection)."""
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(m.weight.flatten(1))         # a view: this fills m.weight
@@ -263,7 +263,7 @@ vit_huge = partial(ViT, patch_size=14, embed_dim=1280, depth=32, num_heads=16)
 def attention_maps(vit: nn.Module, images: Tensor) -> Tensor:
     """Computes the attention maps (B, h, w) of whole, normalised images (B, 3, H, H) (Eq. 4).
 
-    These are the paper's masking weights a_w: float32, in [0, 1]. `vit` is any module with
+    This is the paper's a_w: float32, in [0, 1]. `vit` is any module with
     `cls_attention(images) -> (B, heads, N)` on a square grid of patches. It runs in eval mode. If
     [CLS] attends to all patches equally, the map is 0, and `sample_patches` ranks uniformly.
     Raises ValueError if the grid is not square or the attention is not finite.
@@ -278,7 +278,7 @@ def attention_maps(vit: nn.Module, images: Tensor) -> Tensor:
     h = square_side(a.shape[2])
     if not a.isfinite().all():
         raise ValueError("the attention of [CLS] is nan or infinite: the images or the encoder's "
-                         "parameters are not finite, so go back to an earlier checkpoint")
+                         "parameters are not finite, or half precision overflows")
     # As in the paper: average, then normalise. The authors' code normalises each head first.
     a_w = a.mean(dim=1)                                                      # Eq. 4: (B, N)
     low, high = a_w.aminmax(dim=1, keepdim=True)
@@ -291,7 +291,7 @@ def dataset_maps(vit: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], n: in
 
     `batches` yields pairs (ids, images): the indices (B,) of images in the data set, and the whole,
     normalised images (B, 3, H, H) on the device of `vit`. An image that is not yielded gets a map
-    of zeros. So several processes can share the images and add their results.
+    of zeros, so processes can each take some of the images and add their results.
     Raises ValueError if `batches` is empty, and the errors of `attention_maps`.
     """
     maps = None
@@ -344,9 +344,11 @@ def crop(x: Tensor, theta: Tensor, size: int, mode: str) -> Tensor:
     the range of x a little), "bilinear" or "nearest". There is no antialiasing: shrink images that
     are much larger than `size` first.
     """
-    with torch.autocast(x.device.type, enabled=False):   # bfloat16 would shift the crop
-        grid = F.affine_grid(theta.to(x), (len(x), x.shape[1], size, size), align_corners=False)
-        return F.grid_sample(x, grid, mode=mode, padding_mode="border", align_corners=False)
+    theta = theta.to(x.device, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):   # half precision would shift the crop
+        grid = F.affine_grid(theta, (len(x), x.shape[1], size, size), align_corners=False)
+        result = F.grid_sample(x.float(), grid, mode, padding_mode="border", align_corners=False)
+    return result.to(x.dtype)
 
 
 def crop_weights(maps: Tensor, theta: Tensor, img_size: int, patch_size: int) -> Tensor:
@@ -357,8 +359,8 @@ def crop_weights(maps: Tensor, theta: Tensor, img_size: int, patch_size: int) ->
     then each patch of the crop gets the weight of the image area that it shows. For units of u x u
     patches, give patch_size = u * p. Then N counts units.
     """
-    # This follows the paper. The authors' code divides pixel positions by 224, not by 16. So every
-    # crop reads the same cells, at the top left of the map.
+    # This follows the paper. To get from pixels to cells of the map, the authors' code divides by
+    # 224, not by 16, so it reads the top left cells for every crop.
     x = F.interpolate(maps.float()[:, None], size=img_size, mode="bilinear", align_corners=False)
     x = crop(x, theta, img_size, "bilinear")                                 # (B, 1, H, H)
     return patchify(x, patch_size).sum(dim=2)                                # P_A: (B, N)
@@ -379,14 +381,15 @@ def sample_patches(weights: Tensor, generator: torch.Generator | None = None) ->
     if w.device.type == "cpu" and not ((w >= 0) & (w < math.inf)).all():
         raise ValueError("some weights are negative, infinite or nan: give finite weights of at "
                          "least 0")
-    # Draw E_i from an exponential distribution. The smallest E_i / w_i ranks first. This samples
+    # Draw E_i from an exponential distribution and rank the smallest E_i / w_i first. This samples
     # without replacement in proportion to w (Efraimidis and Spirakis, 2006; also known as Gumbel
-    # top-k). Logarithms avoid overflow and underflow: we sort by log w - log E, largest first.
-    # log E is between -88 and 5. A positive w gives at least -109. A zero w has log w = -200, gives
-    # at most -112, and comes last.
-    E = torch.empty_like(w).exponential_(generator=generator).clamp_min(torch.finfo(w.dtype).tiny)
+    # top-k). To avoid overflow and underflow, we score a patch by log w - log E, and the highest
+    # score ranks first. log E is in [-88, 5], so a positive w scores at least -109. With log 0 set
+    # to -200, a zero w scores at most -112.
+    E = torch.empty_like(w).exponential_(generator=generator)
+    log_E = E.clamp_min(torch.finfo(w.dtype).tiny).log()
     log_w = torch.where(w > 0, w.log(), -200.0)
-    return (log_w - E.log()).argsort(dim=1, descending=True)                 # Eq. 5
+    return (log_w - log_E).argsort(dim=1, descending=True)                   # Eq. 5
 
 
 # ==== 6. Masking and throwing =====================================================================
@@ -398,12 +401,13 @@ def mask_and_throw(ranking: Tensor, mask_ratio: float, throw_ratio: float = 0.0,
     The first round(N * mask_ratio) patches of the ranking are masked. The next
     round(N * throw_ratio) patches are thrown. The rest is visible. With unit = u, the ranking
     orders N units of u x u patches, and the result holds the indices of all patches of these units.
-    The paper's ratios are
+    The paper's pairs (mask_ratio, throw_ratio) are
 
-        MAE, unit 1:     random 0.75 and 0;   AM (no throwing) 0.75 and 0;   AMT 0.45 and 0.40
-        SimMIM, unit 2:  random 0.60 and 0;   AMT 0.44 and 0.26, or 0.33 and 0.50
+        MAE, unit 1:     random (0.75, 0)    AM (0.75, 0)    AMT (0.45, 0.40)
+        SimMIM, unit 2:  random (0.60, 0)    AMT (0.44, 0.26), and (0.33, 0.50), which is faster
 
-    Raises ValueError if no patch would be masked or none visible.
+    AM is AMT without throwing. Raises ValueError if no patch would be masked or none visible, or if
+    units do not make a square grid.
     """
     N = ranking.shape[1]
     n_masked = round(N * mask_ratio)
@@ -462,7 +466,7 @@ class MAE(nn.Module):
         self.encoder = encoder           # set last: init_weights must not change the encoder
         self.norm_pix_loss = norm_pix_loss
 
-    def target(self, images: Tensor, masked: Tensor) -> Tensor:
+    def targets(self, images: Tensor, masked: Tensor) -> Tensor:
         """The pixels (B, K_masked, p*p*3) of the masked patches."""
         x = select(patchify(images, self.encoder.patch_size), masked)
         if self.norm_pix_loss:
@@ -489,7 +493,7 @@ class MAE(nn.Module):
         for block in self.decoder_blocks:
             x = block(x)
         pred = self.decoder_pred(self.decoder_norm(x[:, -K:])).float()       # (B, K_masked, p*p*3)
-        loss = F.mse_loss(pred, self.target(images, masked))                 # Eq. 2, l2
+        loss = F.mse_loss(pred, self.targets(images, masked))                 # Eq. 2, l2
         return loss, pred
 
 
@@ -519,7 +523,7 @@ def hog(images: Tensor, patch_size: int, bins: int = 9) -> Tensor:
     bin_of_pixel = (orientation * (bins / math.pi)).long().clamp(max=bins - 1)
     histogram = images.new_zeros(B, C, H // side, W // side, bins)
     histogram = histogram.scatter_add(4, cells(bin_of_pixel), cells(length))
-    # Flat cells hold rounding noise only. This epsilon, scikit-image's, keeps them near zero.
+    # Flat cells hold only rounding noise. This epsilon, scikit-image's, keeps them small.
     norm = (histogram.square().sum(dim=4, keepdim=True) + 1e-5 ** 2).sqrt()
     x = (histogram / norm).permute(0, 1, 4, 2, 3).flatten(1, 2)              # (B, C*bins, 2h, 2w)
     return patchify(x, 2)                                                    # (B, N, 4*C*bins)
@@ -532,8 +536,8 @@ class SimMIM(nn.Module):
     predicts histograms of gradients instead of pixels, with an l2 loss instead of l1. `encoder` is
     a ViT, or a module that has `embed_dim`, `patch_size`, `pos_embed`, `embed` and `run_blocks`.
 
-    The loss does not use the query of [CLS] in the last block, but Eq. 3 does. The weights that
-    make this query are trained only by the queries of the patches.
+    The loss does not use the query of [CLS] in the last block, but Eq. 3 does. The parameters that
+    make this query learn only from the queries of the patches.
     Raises ValueError for another target, or for "hog" with an odd patch size.
     """
 
@@ -554,7 +558,7 @@ class SimMIM(nn.Module):
         init_weights(self)
         self.encoder = encoder           # set last: init_weights must not change the encoder
 
-    def target(self, images: Tensor, masked: Tensor) -> Tensor:
+    def targets(self, images: Tensor, masked: Tensor) -> Tensor:
         """Pixels (B, K_masked, p*p*3) or histograms (B, K_masked, 108) of the masked patches."""
         return select(self.target_fn(images, self.encoder.patch_size), masked)
 
@@ -569,7 +573,7 @@ class SimMIM(nn.Module):
         x = torch.cat([self.encoder.embed(images, visible), mask_tokens], dim=1)     # (B, T, D)
         x = self.encoder.run_blocks(x)
         pred = self.head(x[:, -K:]).float()                                  # (B, K_masked, L)
-        loss = self.loss_fn(pred, self.target(images, masked))               # Eq. 2
+        loss = self.loss_fn(pred, self.targets(images, masked))               # Eq. 2
         return loss, pred
 
 
@@ -585,8 +589,8 @@ def training_step(model: nn.Module, images: Tensor, theta: Tensor, maps: Tensor,
     computes new maps after each tenth of the training. Before the first ones exist, give maps of
     ones and the ratios of random masking: see `mask_and_throw`.
 
-    A data set for `torch.utils.data.DataLoader` returns each crop with its theta and its index.
-    Here self.images (n, 3, H, H) are normalised:
+    A data set for `torch.utils.data.DataLoader` returns each crop with its theta and its index, as
+    here, where self.images (n, 3, H, H) are normalised:
 
         def __getitem__(self, i):
             theta = random_crops(1)
@@ -624,8 +628,8 @@ def lowest_first(weights: Tensor, generator: torch.Generator | None = None) -> T
 def grid_wise(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Ranks in a regular pattern: He et al., 2022.
 
-    The first half of the ranking is a checkerboard. The last quarter is the bottom left patch of
-    each 2 x 2 group, so with a mask ratio of 0.75 and an even grid only that patch is visible.
+    On an even grid, the first half of the ranking is a checkerboard. The last quarter is the bottom
+    left patch of each 2 x 2 group, so with a mask ratio of 0.75 only that patch is visible.
     Raises ValueError if N is not a square number.
     """
     B, N = weights.shape
