@@ -13,9 +13,9 @@
         --finetune-epochs 100 --out-dir out-finetuned                    # fine-tune an encoder
     python train_cifar.py --benchmark                                    # the cost of a step
 
-A run is a sequence of numbered steps. The epoch, the learning rate, the images and all random
-numbers of a step follow from its number and the seed. So a checkpoint needs no state of a data
-loader or of a random generator, and a resumed run ends with the same weights as an unbroken one.
+A run is a sequence of numbered steps. The number of a step and the seed determine its images and
+its random numbers. So a checkpoint stores no state of a data loader or of a random generator, and a
+resumed run ends with the same weights as an unbroken one.
 
 A run writes to --out-dir: checkpoint.pth, encoder.pth (the state dict of the encoder alone, with
 timm's names), log.csv (one row per epoch), attention.png (where [CLS] attended, for each update of
@@ -61,9 +61,9 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
 
-# (mask ratio, throw ratio) of random masking and of AMT, where the first pair is the default; the
-# side of a masking unit in patches; the range of a crop's area, as a fraction of the image's.
-# For AMT, MaskFeat uses SimMIM's ratios.
+# random: the (mask ratio, throw ratio) of random masking. amt: AMT's pairs. The first is the
+# default, and MaskFeat has SimMIM's. unit: the side of a masking unit in patches. scale: the range
+# of a crop's area, as a fraction of the image's.
 METHODS = {
     "mae": dict(random=(0.75, 0.0), amt=[(0.45, 0.40)], unit=1, scale=(0.2, 1)),
     "simmim": dict(random=(0.60, 0.0), amt=[(0.44, 0.26), (0.33, 0.50)], unit=2, scale=(0.67, 1)),
@@ -143,8 +143,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "this script, timm or MAE; or the word none, for an untrained encoder", metavar="FILE")
     add("--probe-epochs", 90, "epochs of the linear probe; 0 skips it")
     add("--probe-blr", 0.1, "learning rate of the probe, like --blr")
-    add("--probe-every", None, "every N epochs of pretraining, log the accuracy of a linear probe "
-        "on features without augmentation, which takes one pass", type=int, metavar="N")
+    add("--probe-every", None, "train a linear probe every N epochs and log its accuracy; it sees "
+        "each image once, without augmentation", type=int, metavar="N")
     add("--finetune-epochs", 0, "epochs of fine-tuning; 0 skips it")
     add("--finetune-blr", 1e-3, "learning rate of fine-tuning, like --blr; each block has 0.75 "
         "times the rate of the next one")
@@ -285,10 +285,6 @@ class Stage:
         loss = torch.zeros((), dtype=torch.float64, device=DEVICE)           # sum over this epoch
         self.run = {"step": 0, "loss": loss, "seconds": 0.0, "log": []}      # log: a row an epoch
 
-    def update_is_due(self, epoch: int) -> bool:
-        """Whether the attention maps are updated before epoch 0, 1, ..."""
-        return False
-
     def start_epoch(self, epoch: int):
         pass
 
@@ -308,15 +304,11 @@ class Pretraining(Stage):
         self.warmup = args.warmup_epochs
         self.run |= {"maps": None, "snapshots": [], "update_seconds": 0.0, "position_share": ""}
 
-    def update_is_due(self, epoch: int) -> bool:
-        return (self.args.masking in USE_MAPS and 0 < epoch < self.epochs
-                and epoch % self.args.update_interval == 0)
-
     def start_epoch(self, epoch: int):
         """Updates the attention maps when it is time: the encoder looks at each whole image."""
         args, data, run, encoder = self.args, self.data, self.run, self.model.encoder
         run["update_seconds"], run["position_share"] = 0.0, ""
-        if not self.update_is_due(epoch):
+        if args.masking not in USE_MAPS or epoch == 0 or epoch % args.update_interval:
             return
         started = time.time()
         with precision(args):
@@ -332,29 +324,21 @@ class Pretraining(Stage):
         run["update_seconds"] = time.time() - started
 
     def loss(self, ids: Tensor, images: Tensor, theta: Tensor) -> Tensor:
-        """The mean loss of a mini-batch. `ids` (B,) are numbers of training images, `images`
-        (B, 3, H, H), 0 to 255, are crops of them, and `theta` (B, 2, 3) says where the crops lie.
-        """
-        args, maps = self.args, self.run["maps"]
-        unit = args.mask_unit * args.patch_size                              # in pixels
-        if maps is None:                                 # all patches weigh the same
-            weights = torch.ones(len(ids), (args.img_size // unit) ** 2, device=DEVICE)
+        """The loss, a scalar, of a mini-batch of `batches`."""
+        if self.run["maps"] is None:                     # all patches weigh the same
+            maps = torch.ones(len(ids), 1, 1, device=DEVICE)
         else:
-            weights = amt.crop_weights(maps[ids], theta, args.img_size, unit)
-        masked, thrown, visible = self.choose(weights)   # the model never gets the thrown patches
-        with precision(args):
-            return self.parallel(self.data.normalise(images), visible=visible, masked=masked)[0]
+            maps = self.run["maps"][ids]
+        with precision(self.args):
+            return amt.training_step(self.parallel, self.data.normalise(images), theta, maps,
+                                     *self.masking())
 
-    def choose(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices of the masked, thrown and visible patches, by the weights of the units."""
+    def masking(self) -> tuple:
+        """Mask ratio, throw ratio, unit and strategy. Masking is random before the first maps."""
         args = self.args
-        if args.masking in USE_MAPS and self.run["maps"] is None:    # before the first update
-            ranking = amt.random_ranking(weights)
-            ratios = METHODS[args.method]["random"]
-        else:
-            ranking = STRATEGIES[args.masking](weights)
-            ratios = args.mask_ratio, args.throw_ratio
-        return amt.mask_and_throw(ranking, *ratios, args.mask_unit)
+        if args.masking in USE_MAPS and self.run["maps"] is None:
+            return *METHODS[args.method]["random"], args.mask_unit, amt.random_ranking
+        return args.mask_ratio, args.throw_ratio, args.mask_unit, STRATEGIES[args.masking]
 
     def end_epoch(self, epoch: int) -> dict[str, str]:
         accuracy = ""
@@ -403,8 +387,8 @@ def batches(stage: Stage, step: int):
     (B, 3, H, H), 0 to 255, and their theta (B, 2, 3).
 
     A step has WORLD_SIZE * accum_steps parts of B images, and each process takes accum_steps of
-    them. The results do not depend on which process computes a part: the random generators are
-    seeded with the number of the part before its crops, its ranking and drop path are drawn.
+    them. The random generator is seeded anew for each part, before its crops, ranking and drop path
+    are drawn. So any process can compute any part.
     """
     args = stage.args
     epoch, first = divmod(step, stage.steps)
@@ -487,8 +471,7 @@ def finish_epoch(stage: Stage, epoch: int):
     say(f"{stage.name}: {columns}, {timedelta(seconds=round(left))} left")
     lines = [",".join(log[0]), *(",".join(row.values()) for row in log)]
     write_file(args.out_dir / f"{stage.prefix}log.csv", ("\n".join(lines) + "\n").encode())
-    due = epoch % args.save_every == 0 or epoch == stage.epochs
-    if due or stage.update_is_due(epoch):
+    if epoch % args.save_every == 0 or epoch == stage.epochs:
         save_checkpoint(stage)
 
 
@@ -571,8 +554,8 @@ class LinearProbe(Stage):
         return self.model(features(self.args, self.data, self.encoder, images))
 
     def loss(self, ids: Tensor, images: Tensor, theta: Tensor) -> Tensor:
-        # The processes share the work of the encoder and exchange the features. Then each trains
-        # the same head on all features. So DDP is not needed, and BatchNorm sees all of them.
+        # Each process encodes its own images. Then the processes exchange the features, and each
+        # trains the same head on all of them. So the head needs no DDP.
         x = features(self.args, self.data, self.encoder, images)
         all_features = torch.zeros(WORLD_SIZE, *x.shape, device=DEVICE)
         all_labels = torch.zeros(WORLD_SIZE, len(ids), dtype=torch.int64, device=DEVICE)
@@ -663,7 +646,7 @@ class FineTuning(Stage):
         decay = 1.0 if args.checkpoint == "none" else 0.75
 
         def lr_scale(name: str) -> float:
-            """1 for the head and the last norm, and `decay` times the layer above for others."""
+            """1 for the head and the last norm. A layer has `decay` times the next one's."""
             if name.startswith("encoder.blocks."):
                 return decay ** (depth - int(name.split(".")[2]))
             below = name.startswith(("encoder.cls_token", "encoder.patch_embed"))
@@ -712,7 +695,6 @@ def accuracy(stage: LinearProbe | FineTuning) -> str:
     right = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for ids, images in stage.data.whole("test", share(len(stage.data.test))):
         right += (stage.logits(images).argmax(dim=1) == stage.data.test_labels[ids]).sum()
-    stage.model.train()
     return f"{100 * all_reduce(right).item() / len(stage.data.test):.2f}"
 
 
@@ -1131,8 +1113,8 @@ SIGNALS = {}                            # the signals that came, and when
 
 
 def note_signals():
-    """From now on `fit` stops after the step in which a signal comes. A second signal kills, unless
-    it comes within a second: torchrun and Slurm send each signal twice."""
+    """From now on `fit` finishes its step after a signal, saves and stops. A second signal kills,
+    unless it comes within a second, because torchrun and Slurm send each signal twice."""
     def note(number, frame):
         SIGNALS.setdefault(number, time.time())
         if time.time() - min(SIGNALS.values()) > 1:
@@ -1144,7 +1126,7 @@ def note_signals():
 
 
 def outlive_signals(worker: int):
-    """A process that decodes images lives 10 s longer than a signal: the step needs its images."""
+    """After a signal, a process that decodes images lives 10 s longer: the step needs them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: signal.alarm(10))
@@ -1205,8 +1187,9 @@ def save_masking(stage: Pretraining):
     images = data.normalise(255 * shown)
     maps = amt.attention_maps(model.encoder, images)
     torch.manual_seed(seed_of(args.seed))
-    masked, thrown, visible = stage.choose(
-        amt.patchify(reweight(maps, args.weights)[:, None], args.mask_unit).sum(dim=2))
+    mask_ratio, throw_ratio, unit, strategy = stage.masking()
+    ranking = strategy(amt.patchify(reweight(maps, args.weights)[:, None], unit).sum(dim=2))
+    masked, thrown, visible = amt.mask_and_throw(ranking, mask_ratio, throw_ratio, unit)
     model.eval()
     _, pred = model(images, visible=visible, masked=masked)
     if args.method == "mae":
