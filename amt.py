@@ -6,8 +6,8 @@ https://arxiv.org/abs/2211.15362
 Masked image modeling hides patches of an image and trains a vision transformer to predict them.
 Random masking ignores what is in the image. AMT uses the model's own attention. After each tenth
 of the training, the encoder runs on all whole training images, and AMT stores how much [CLS]
-attends to each patch. In each step AMT draws a random ranking of the patches of each image. Patches
-with more attention tend to come first. The ranking is split into three parts:
+attends to each patch. In each step AMT draws a random ranking of the patches of each image, in
+which patches with more attention tend to come first. The ranking is split into three parts:
 
     masked:  the top. The encoder does not see these patches, and the model predicts them.
     thrown:  the middle. These patches never enter the model and are not predicted.
@@ -90,9 +90,9 @@ def sincos_pos_embed(embed_dim: int, grid_size: int) -> Tensor:
                          f"rows and columns each have a sine and a cosine")
     omega = 10000.0 ** -(torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4))
     angle = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
-    line = torch.cat([angle.sin(), angle.cos()], dim=1)                      # (h, D/2)
-    column = line[None, :, :].expand(grid_size, -1, -1)                      # (h, w, D/2)
-    row = line[:, None, :].expand(-1, grid_size, -1)                         # (h, w, D/2)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)                      # (h, D/2)
+    column = axis[None, :, :].expand(grid_size, -1, -1)                      # (h, w, D/2)
+    row = axis[:, None, :].expand(-1, grid_size, -1)                         # (h, w, D/2)
     table = torch.cat([column, row], dim=2).flatten(0, 1)                    # (N, D)
     return F.pad(table, (0, 0, 1, 0)).float()[None]                          # (1, 1+N, D)
 
@@ -221,7 +221,7 @@ class ViT(nn.Module):
         return self.run_blocks(self.embed(images, visible))
 
     def embed(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Tokens (B, 1+K, D) of [CLS] and the visible patches, with their positions added."""
+        """The same tokens before the blocks, with their positions added. Raises the same error."""
         if images.shape[1:] != (3, self.img_size, self.img_size):
             raise ValueError(f"images {tuple(images.shape)} do not fit this ViT: "
                              f"give (B, 3, {self.img_size}, {self.img_size})")
@@ -240,7 +240,10 @@ class ViT(nn.Module):
         return self.norm(x)
 
     def cls_attention(self, images: Tensor) -> Tensor:
-        """The attention (B, heads, N) of [CLS] to the patches in the last block (Eq. 3)."""
+        """The attention (B, heads, N) of [CLS] to the patches in the last block (Eq. 3).
+
+        Raises the error of `forward`.
+        """
         x = self.embed(images)
         for block in self.blocks[:-1]:
             x = block(x)
@@ -292,7 +295,7 @@ def dataset_maps(vit: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], n: in
     `batches` yields pairs (ids, images): the indices (B,) of images in the data set, and the whole,
     normalised images (B, 3, H, H) on the device of `vit`. An image that is not yielded gets a map
     of zeros, so processes can each take some of the images and add their results.
-    Raises ValueError if `batches` is empty, and the errors of `attention_maps`.
+    Raises ValueError if `batches` is empty or if `attention_maps` does.
     """
     maps = None
     for ids, images in batches:
@@ -312,14 +315,13 @@ def random_crops(B: int, scale: tuple[float, float] = (0.2, 1.0),
                  generator: torch.Generator | None = None, image_ratio: float = 1.0) -> Tensor:
     """Random resized crops and horizontal flips of B images, as affine transforms theta (B, 2, 3).
 
-    This is RandomResizedCrop and RandomHorizontalFlip for a whole batch. The area of a crop, as a
-    fraction of the image's area, is uniform in `scale`. The logarithm of its width / height is
-    uniform between the logarithms of `ratio`. Its position is uniform. A crop is flipped with
-    probability 1/2. A side longer than the image's is shortened to it. (torchvision draws again.)
-    `image_ratio` is the width / height of the images: 1 for square ones.
+    This is torchvision's RandomResizedCrop and RandomHorizontalFlip for a batch. The area, as a
+    fraction of the image's, is uniform in `scale`, and width / height is log-uniform in `ratio`.
+    The position is uniform. A flip has probability 1/2. A side that is longer than the image's is
+    shortened (torchvision draws again). `image_ratio` is the width / height of the images.
 
     theta maps coordinates in the crop to coordinates in the image, as `F.affine_grid` expects. Both
-    run from -1 to 1. theta is on the generator's device, or without a generator on the CPU.
+    run from -1 to 1. theta is on the device of the generator, or on the default device.
     """
     device = generator.device if generator else None
     s, r, x, y, flip = torch.rand(5, B, generator=generator, device=device)
@@ -357,7 +359,8 @@ def crop_weights(maps: Tensor, theta: Tensor, img_size: int, patch_size: int) ->
     The maps (B, h, w) of the whole images are interpolated to img_size x img_size pixels, cropped
     with theta (B, 2, 3), and summed per patch. Use the same theta for `crop` and `crop_weights`:
     then each patch of the crop gets the weight of the image area that it shows. For units of u x u
-    patches, give patch_size = u * p. Then N counts units.
+    patches, give patch_size = u * p. Then N counts units. Raises ValueError if they do not fill the
+    images.
     """
     # This follows the paper. To get from pixels to cells of the map, the authors' code divides by
     # 224, not by 16, so it reads the top left cells for every crop.
@@ -487,8 +490,8 @@ class MAE(nn.Module):
         x = torch.cat([x, self.mask_token.expand(B, K, -1)], dim=1)          # (B, T, D)
         # The decoder knows a patch by its position embedding, not by its place in the sequence. So
         # we never restore the order of the image.
-        cls = masked.new_zeros(B, 1)                     # row 0 of the table is [CLS]'s
-        position = torch.cat([cls, 1 + visible, 1 + masked], dim=1)          # (B, T)
+        zero = masked.new_zeros(B, 1)                    # row 0 of the table is [CLS]'s
+        position = torch.cat([zero, 1 + visible, 1 + masked], dim=1)         # (B, T)
         x = x + self.decoder_pos_embed[0][position]
         for block in self.decoder_blocks:
             x = block(x)
@@ -500,11 +503,12 @@ class MAE(nn.Module):
 def hog(images: Tensor, patch_size: int, bins: int = 9) -> Tensor:
     """Histograms of oriented gradients (B, N, 4*C*bins) of images (B, C, H, W): MaskFeat's target.
 
-    A simple form of Dalal and Triggs, 2005. Each patch has 2 x 2 cells, and each cell has one
-    histogram for each channel. The bins are equal parts of 180 degrees. A pixel adds the length of
-    its gradient to the bin of its orientation. Then each histogram is divided by its l2 norm. Cells
-    are ordered row by row. Gradients are central differences. At the edge of a patch they use
-    pixels of its neighbours, even of thrown ones. Half precision is too coarse: give float32.
+    A simple form of Dalal and Triggs, 2005. Each patch has 2 x 2 cells, ordered row by row. Each
+    cell has, for each channel, a histogram over 180 degrees. A pixel adds the length of its
+    gradient to the bin of its orientation. Then the histogram is divided by its l2 norm.
+
+    Gradients at the edge of a patch use pixels of its neighbours, even of thrown ones. Give float32
+    images, because half precision is too coarse.
     Raises ValueError if p is odd or does not divide H and W.
     """
     B, C, H, W = images.shape
@@ -536,8 +540,8 @@ class SimMIM(nn.Module):
     predicts histograms of gradients instead of pixels, with an l2 loss instead of l1. `encoder` is
     a ViT, or a module that has `embed_dim`, `patch_size`, `pos_embed`, `embed` and `run_blocks`.
 
-    The loss does not use the query of [CLS] in the last block, but Eq. 3 does. The parameters that
-    make this query learn only from the queries of the patches.
+    The loss does not reach the query of [CLS] in the last block, which Eq. 3 uses. Its projection
+    learns only through the queries of the patches.
     Raises ValueError for another target, or for "hog" with an odd patch size.
     """
 
@@ -579,10 +583,10 @@ class SimMIM(nn.Module):
 
 # ==== 8. One training step ========================================================================
 
-def training_step(model: nn.Module, images: Tensor, theta: Tensor, maps: Tensor,
+def training_loss(model: nn.Module, images: Tensor, theta: Tensor, maps: Tensor,
                   mask_ratio: float = 0.45, throw_ratio: float = 0.40, unit: int = 1,
                   strategy: Callable = sample_patches) -> Tensor:
-    """The loss, a scalar, of a MAE or SimMIM on crops `images` (B, 3, H, H).
+    """The loss, a scalar, of MAE or SimMIM on crops `images` (B, 3, H, H).
 
     theta (B, 2, 3) says where the crops lie. `maps` (B, h, w) are the attention maps of the whole
     images: `dataset_maps(...)[ids]`. The default ratios are those of AMT with MAE. The caller
@@ -596,7 +600,7 @@ def training_step(model: nn.Module, images: Tensor, theta: Tensor, maps: Tensor,
             theta = random_crops(1)
             return crop(self.images[i][None], theta, 224, "bicubic")[0], theta[0], i
 
-    Raises ValueError if units of u x u patches do not fill the images.
+    Raises ValueError if units of u x u patches do not fill the images, or if `mask_and_throw` does.
     """
     patch_size = getattr(model, "module", model).encoder.patch_size          # DDP has a `module`
     weights = crop_weights(maps, theta, images.shape[2], unit * patch_size)  # one for each unit
@@ -651,21 +655,21 @@ def block_wise(weights: Tensor, generator: torch.Generator | None = None) -> Ten
     """
     B, N = weights.shape
     h = square_side(N)
-    K = 64                               # rectangles, enough to cover almost the whole image
+    R = 64                               # rectangles, enough to cover almost the whole image
 
     def rand() -> Tensor:
-        return torch.rand(B, K, 1, generator=generator, device=weights.device)
+        return torch.rand(B, R, 1, generator=generator, device=weights.device)
 
     area = (0.08 + 0.32 * rand()) * N
     aspect = 0.3 ** (2 * rand() - 1)
-    height = (area * aspect).sqrt().round().clamp(1, h)                      # (B, K, 1)
+    height = (area * aspect).sqrt().round().clamp(1, h)                      # (B, R, 1)
     width = (area / aspect).sqrt().round().clamp(1, h)
     top = (rand() * (h - height + 1)).floor()
     left = (rand() * (h - width + 1)).floor()
     patch = torch.arange(N, device=weights.device)
     row, column = patch // h, patch % h                                      # (N,)
     inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
-    rectangle = torch.arange(K, device=weights.device)[:, None]              # (K, 1)
+    rectangle = torch.arange(R, device=weights.device)[:, None]              # (R, 1)
     # A patch belongs to the first rectangle that contains it. Patches in no rectangle come last.
-    first_rectangle = torch.where(inside, rectangle, K).amin(dim=1)          # (B, N)
+    first_rectangle = torch.where(inside, rectangle, R).amin(dim=1)          # (B, N)
     return first_rectangle.argsort(dim=1, stable=True)

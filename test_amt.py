@@ -97,7 +97,7 @@ def vit_with_attention(attention):
     (lambda: tiny_simmim()(random_images(2), *split(2)[:2]), "positional argument"),
     (lambda: amt.hog(torch.zeros(1, 3, 10, 10), 5), "patch size 5 with images of 10x10.*even"),
     (lambda: tiny_simmim("edges"), '"edges".*"pixels" or "hog"'),
-    (lambda: amt.training_step(tiny_mae(), random_images(2), amt.random_crops(2),
+    (lambda: amt.training_loss(tiny_mae(), random_images(2), amt.random_crops(2),
                                torch.ones(2, 4, 4), unit=3), "16x16.*12x12"),
     (lambda: amt.grid_wise(torch.rand(1, 17)), "N = 17 patches.*square.*extra tokens"),
     (lambda: amt.block_wise(torch.rand(1, 17)), "N = 17 patches.*square.*extra tokens"),
@@ -500,11 +500,11 @@ def test_hog_equals_scikit_images():
     ("mae", 7, 6, 1, {}),                                # AMT's 0.45 and 0.40 are the defaults
     ("simmim", 2, 1, 2, dict(mask_ratio=0.44, throw_ratio=0.26, unit=2)),
 ])
-def test_training_step_equals_its_parts(name, n_masked, n_thrown, unit, given):
+def test_training_loss_equals_its_parts(name, n_masked, n_thrown, unit, given):
     model, images, theta = MODELS[name](), random_images(3), amt.random_crops(3, generator=rng())
     maps = torch.rand(3, 4, 4, generator=rng()) ** 4
     torch.manual_seed(5)
-    loss = amt.training_step(model, images, theta, maps, **given)
+    loss = amt.training_loss(model, images, theta, maps, **given)
     torch.manual_seed(5)
     weights = amt.crop_weights(maps, theta, 16, 4 * unit)
     ids = amt.expand_units(amt.sample_patches(weights), 4, unit)     # all patches, as ranked
@@ -513,7 +513,7 @@ def test_training_step_equals_its_parts(name, n_masked, n_thrown, unit, given):
     assert loss.requires_grad
 
 
-def test_training_step_masks_what_the_map_of_each_image_of_a_loader_marks():
+def test_training_loss_masks_what_the_map_of_each_image_of_a_loader_marks():
     # The map of an image is its brightness, so the brightest patches of each crop must be masked.
     maps = torch.rand(12, 4, 4, generator=rng())
 
@@ -534,7 +534,7 @@ def test_training_step_masks_what_the_map_of_each_image_of_a_loader_marks():
     torch.manual_seed(0)
     model.encoder = tiny_vit()
     for images, theta, ids in torch.utils.data.DataLoader(Crops(), batch_size=5, shuffle=True):
-        gap = amt.training_step(model, images, theta, maps[ids], strategy=amt.highest_first)
+        gap = amt.training_loss(model, images, theta, maps[ids], strategy=amt.highest_first)
         assert gap > 0.05                                # the thrown patches lie between
 
 

@@ -330,7 +330,7 @@ class Pretraining(Stage):
         else:
             maps = self.run["maps"][ids]
         with precision(self.args):
-            return amt.training_step(self.parallel, self.data.normalise(images), theta, maps,
+            return amt.training_loss(self.parallel, self.data.normalise(images), theta, maps,
                                      *self.masking())
 
     def masking(self) -> tuple:
