@@ -104,23 +104,24 @@ def paired():
         rows = list(csv.DictReader(file))
 
     def probe(run):
-        rows_of_run = sorted((row for row in rows if row["run"] == run), key=lambda row: row["seed"])
-        return torch.tensor([float(row["probe_accuracy"]) for row in rows_of_run])
+        return {row["seed"]: float(row["probe_accuracy"]) for row in rows if row["run"] == run}
 
     pairs = [("own", "uniform"), ("own", "shuffled"), ("debiased", "uniform"), ("own", "random"),
              ("uniform", "random")]
     figure, axes = plt.subplots(figsize=(8, 3.2))
     for place, (run, control) in enumerate(pairs):
-        differences = probe(run) - probe(control)
-        n = len(differences)
+        a, b = probe(run), probe(control)
+        seeds = sorted(a.keys() & b.keys())
+        differences = torch.tensor([a[x] - b[x] for x in seeds], dtype=torch.float64)
+        n = len(seeds)
         mean, error = differences.mean().item(), differences.std().item() / n ** 0.5
         print(f"| {run} - {control} | {mean:+.2f} | {error:.2f} | {p_value(mean / error, n - 1):.2f} |")
         axes.errorbar(place + 0.22, mean, error, fmt="_", color="black", capsize=4, markersize=14)
         axes.text(place + 0.28, mean, f"{mean:+.2f}\n\u00b1 {error:.2f}", va="center", size=8)
-        for seed, difference in enumerate(differences.tolist()):
-            x = place - 0.15 + 0.07 * seed
+        for seed, difference in zip(seeds, differences.tolist()):
+            x = place - 0.15 + 0.07 * int(seed)
             axes.plot(x, difference, "o", color=MASKED, alpha=0.8)
-            axes.annotate(f"{seed}", (x, difference), (0, 5), textcoords="offset points",
+            axes.annotate(seed, (x, difference), (0, 5), textcoords="offset points",
                           ha="center", size=7)
     axes.axhline(0, color="grey", linewidth=1)
     axes.set(xlim=(-0.4, len(pairs) - 0.3), ylabel="points of linear probe, a dot for each seed")
@@ -147,8 +148,8 @@ def attention(out_dir_a: str, out_dir_b: str, data_path: str = "data"):
         data = train_cifar.load_data(args)
         encoder = train_cifar.build_encoder(args)
         encoder.load_state_dict(torch.load(Path(out_dir) / "encoder.pth", weights_only=True))
-        ids = torch.arange(8, 2008)
-        batches = [(i - 8, data.normalise(images)) for i, images in data.whole("test", ids)]
+        ids = torch.arange(2000)
+        batches = [(i, data.normalise(images)) for i, images in data.whole("test", ids)]
         maps = amt.dataset_maps(encoder, batches, len(ids)).float()
         share = 100 * maps.mean(dim=0).var() / maps.var()
         for column in range(8):
