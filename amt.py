@@ -5,7 +5,7 @@ https://arxiv.org/abs/2211.15362
 
 Masked image modeling hides patches of an image and trains a vision transformer to predict them.
 Random masking ignores what is in the image. AMT uses the model's own attention. After each tenth
-of the training, the encoder runs on all whole training images, and AMT stores how much [CLS]
+of the training, the encoder runs on every training image, uncropped, and AMT stores how much [CLS]
 attends to each patch. In each step AMT draws a random ranking of the patches of each image, in
 which patches with more attention tend to come first. The ranking is split into three parts:
 
@@ -14,8 +14,8 @@ which patches with more attention tend to come first. The ranking is split into 
     visible: the rest. The encoder sees these patches.
 
 The most attended patches tend to show the object, so they are worth predicting. The next ones are
-thrown. They would make the prediction too easy, and each patch costs time. Before the first
-attention is stored, masking is random, and no patches are thrown.
+thrown. If they stayed visible, the prediction would be too easy, and each patch costs time. Before
+the first attention is stored, masking is random, and no patches are thrown.
 
 Every masking strategy in this file is a ranking of the patches. A model takes two sets of patch
 indices and does not know how they were chosen.
@@ -177,7 +177,7 @@ class Block(nn.Module):
 
 
 def init_weights(module: nn.Module):
-    """MAE's initialisation: Xavier-uniform weights, zero biases (also of the patch projection)."""
+    """MAE's initialisation, except that the bias of the patch projection is zero too."""
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(m.weight.flatten(1))         # a view: this fills m.weight
@@ -315,7 +315,7 @@ def random_crops(B: int, scale: tuple[float, float] = (0.2, 1.0),
                  generator: torch.Generator | None = None, image_ratio: float = 1.0) -> Tensor:
     """Random resized crops and horizontal flips of B images, as affine transforms theta (B, 2, 3).
 
-    This is torchvision's RandomResizedCrop and RandomHorizontalFlip for a batch. The area, as a
+    Like torchvision's RandomResizedCrop and RandomHorizontalFlip, for a batch. The area, as a
     fraction of the image's, is uniform in `scale`, and width / height is log-uniform in `ratio`.
     The position is uniform. A flip has probability 1/2. A side that is longer than the image's is
     shortened (torchvision draws again). `image_ratio` is the width / height of the images.
@@ -362,8 +362,9 @@ def crop_weights(maps: Tensor, theta: Tensor, img_size: int, patch_size: int) ->
     patches, give patch_size = u * p. Then N counts units. Raises ValueError if they do not fill the
     images.
     """
-    # This follows the paper. To get from pixels to cells of the map, the authors' code divides by
-    # 224, not by 16, so it reads the top left cells for every crop.
+    # This follows the paper. The authors' code converts pixels to cells of the map by dividing by
+    # the image size, 224, instead of the patch size, 16, so it reads the top left cells for every
+    # crop.
     x = F.interpolate(maps.float()[:, None], size=img_size, mode="bilinear", align_corners=False)
     x = crop(x, theta, img_size, "bilinear")                                 # (B, 1, H, H)
     return patchify(x, patch_size).sum(dim=2)                                # P_A: (B, N)
@@ -540,8 +541,8 @@ class SimMIM(nn.Module):
     predicts histograms of gradients instead of pixels, with an l2 loss instead of l1. `encoder` is
     a ViT, or a module that has `embed_dim`, `patch_size`, `pos_embed`, `embed` and `run_blocks`.
 
-    The loss does not reach the query of [CLS] in the last block, which Eq. 3 uses. Its projection
-    learns only through the queries of the patches.
+    The loss does not reach the query of [CLS] in the last block, which Eq. 3 uses. The query
+    projection of that block learns only from the queries of the patches.
     Raises ValueError for another target, or for "hog" with an odd patch size.
     """
 
