@@ -410,17 +410,19 @@ def mask_and_throw(ranking: Tensor, mask_ratio: float, throw_ratio: float = 0.0,
         MAE, unit 1:     random (0.75, 0)    AM (0.75, 0)    AMT (0.45, 0.40)
         SimMIM, unit 2:  random (0.60, 0)    AMT (0.44, 0.26), and (0.33, 0.50), which is faster
 
-    AM is AMT without throwing. Raises ValueError if no patch would be masked or none visible, or if
-    units do not make a square grid.
+    AM is AMT without throwing. Raises ValueError if a ratio is outside [0, 1), if no patch would be
+    masked or none visible, or if units do not make a square grid.
     """
     N = ranking.shape[1]
+    given = f"of N = {N} patches or units, mask_ratio {mask_ratio} and throw_ratio {throw_ratio}"
+    if not (0 <= mask_ratio < 1 and 0 <= throw_ratio < 1):
+        raise ValueError(f"{given}: each ratio must be at least 0 and less than 1")
     n_masked = round(N * mask_ratio)
     n_thrown = round(N * throw_ratio)
     n_visible = N - n_masked - n_thrown
-    if n_masked < 1 or n_thrown < 0 or n_visible < 1:
-        raise ValueError(f"mask_ratio {mask_ratio} and throw_ratio {throw_ratio} of N = {N} make "
-                         f"{n_masked} masked, {n_thrown} thrown, {n_visible} visible: at least "
-                         f"one patch or unit must be masked and one visible")
+    if n_masked < 1 or n_visible < 1:
+        raise ValueError(f"{given} make {n_masked} masked, {n_thrown} thrown, {n_visible} visible: "
+                         f"at least one must be masked and one visible")
     masked, thrown, visible = ranking.split([n_masked, n_thrown, n_visible], dim=1)      # Eq. 6
     if unit != 1:
         h = square_side(N) * unit
@@ -497,7 +499,7 @@ class MAE(nn.Module):
         for block in self.decoder_blocks:
             x = block(x)
         pred = self.decoder_pred(self.decoder_norm(x[:, -K:])).float()       # (B, K_masked, p*p*3)
-        loss = F.mse_loss(pred, self.targets(images, masked))                 # Eq. 2, l2
+        loss = F.mse_loss(pred, self.targets(images, masked))                # Eq. 2, l2
         return loss, pred
 
 
@@ -578,21 +580,21 @@ class SimMIM(nn.Module):
         x = torch.cat([self.encoder.embed(images, visible), mask_tokens], dim=1)     # (B, T, D)
         x = self.encoder.run_blocks(x)
         pred = self.head(x[:, -K:]).float()                                  # (B, K_masked, L)
-        loss = self.loss_fn(pred, self.targets(images, masked))               # Eq. 2
+        loss = self.loss_fn(pred, self.targets(images, masked))              # Eq. 2
         return loss, pred
 
 
 # ==== 8. One training step ========================================================================
 
-def training_loss(model: nn.Module, images: Tensor, theta: Tensor, maps: Tensor,
+def training_loss(model: nn.Module, images: Tensor, theta: Tensor, maps: Tensor | None,
                   mask_ratio: float = 0.45, throw_ratio: float = 0.40, unit: int = 1,
                   strategy: Callable = sample_patches) -> Tensor:
     """The loss, a scalar, of MAE or SimMIM on crops `images` (B, 3, H, H).
 
     theta (B, 2, 3) says where the crops lie. `maps` (B, h, w) are the attention maps of the whole
     images: `dataset_maps(...)[ids]`. The default ratios are those of AMT with MAE. The caller
-    computes new maps after each tenth of the training. Before the first ones exist, give maps of
-    ones and the ratios of random masking: see `mask_and_throw`.
+    computes new maps after each tenth of the training. Before the first ones exist, give None and
+    the ratios of random masking: see `mask_and_throw`. Then all patches have the same weight.
 
     A data set for `torch.utils.data.DataLoader` returns each crop with its theta and its index, as
     here, where self.images (n, 3, H, H) are normalised:
@@ -604,7 +606,12 @@ def training_loss(model: nn.Module, images: Tensor, theta: Tensor, maps: Tensor,
     Raises ValueError if units of u x u patches do not fill the images, or if `mask_and_throw` does.
     """
     patch_size = getattr(model, "module", model).encoder.patch_size          # DDP has a `module`
-    weights = crop_weights(maps, theta, images.shape[2], unit * patch_size)  # one for each unit
+    unit_size = unit * patch_size                                            # in pixels
+    if maps is None:
+        N = patchify(images[:1], unit_size).shape[1]                         # counts units
+        weights = images.new_ones(len(images), N)
+    else:
+        weights = crop_weights(maps, theta, images.shape[2], unit_size)
     ranking = strategy(weights)
     masked, _, visible = mask_and_throw(ranking, mask_ratio, throw_ratio, unit)
     loss, _ = model(images, visible=visible, masked=masked)

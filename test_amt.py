@@ -87,8 +87,10 @@ def vit_with_attention(attention):
     (lambda: amt.dataset_maps(tiny_vit(), [], 4), "no images"),
     *((lambda value=value: amt.sample_patches(torch.tensor([[1.0], [value]])), "negative, inf")
       for value in (-0.1, math.nan, math.inf)),
-    (lambda: amt.mask_and_throw(torch.zeros(1, 64), 1.0), "ratio 1.0 .*N = 64 .*64 masked"),
-    (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.5, -0.1), "ratio -0.1 .* -6 thrown"),
+    (lambda: amt.mask_and_throw(torch.zeros(1, 64), 1.0), "N = 64 .*mask_ratio 1.0 .*less than 1"),
+    (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.5, -0.1), "throw_ratio -0.1.*at least 0"),
+    *((lambda value=value: amt.mask_and_throw(torch.zeros(1, 64), value), f"mask_ratio {value}")
+      for value in (math.nan, math.inf)),
     (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.6, 0.4), "38 masked, 26 thrown, 0 visible"),
     (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.001), "0 masked, 0 thrown, 64 visible"),
     (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.4, unit=0), "0x0 patches"),
@@ -99,6 +101,7 @@ def vit_with_attention(attention):
     (lambda: tiny_simmim("edges"), '"edges".*"pixels" or "hog"'),
     (lambda: amt.training_loss(tiny_mae(), random_images(2), amt.random_crops(2),
                                torch.ones(2, 4, 4), unit=3), "16x16.*12x12"),
+    (lambda: amt.training_loss(tiny_mae(), random_images(2), None, None, unit=3), "16x16.*12x12"),
     (lambda: amt.grid_wise(torch.rand(1, 17)), "N = 17 patches.*square.*extra tokens"),
     (lambda: amt.block_wise(torch.rand(1, 17)), "N = 17 patches.*square.*extra tokens"),
 ])
@@ -266,7 +269,7 @@ def test_attention_maps_restore_the_modes_and_refuse_attention_that_is_not_finit
 def test_dataset_maps_puts_each_map_at_the_index_of_its_image_and_shares_sum_to_the_whole():
     vit, images = tiny_vit(), random_images(5)
     batches = [(torch.tensor(ids), images[ids]) for ids in ([3, 0], [4], [1, 2])]
-    maps = amt.dataset_maps(vit, iter(batches), 6)        # a loader may be read only once
+    maps = amt.dataset_maps(vit, iter(batches), 6)       # a loader may be read only once
     assert maps.shape == (6, 4, 4) and maps.dtype == torch.float16
     torch.testing.assert_close(maps[:5], amt.attention_maps(vit, images).half())
     assert not maps[5].any()                             # no batch has image 5
@@ -496,18 +499,23 @@ def test_hog_equals_scikit_images():
 
 # ==== 8. One training step ========================================================================
 
-@pytest.mark.parametrize("name, n_masked, n_thrown, unit, given", [
-    ("mae", 7, 6, 1, {}),                                # AMT's 0.45 and 0.40 are the defaults
-    ("simmim", 2, 1, 2, dict(mask_ratio=0.44, throw_ratio=0.26, unit=2)),
+@pytest.mark.parametrize("name, with_maps, n_masked, n_thrown, unit, given", [
+    ("mae", True, 7, 6, 1, {}),                          # AMT's 0.45 and 0.40 are the defaults
+    ("mae", False, 12, 0, 1, dict(mask_ratio=0.75, throw_ratio=0.0, strategy=amt.block_wise)),
+    ("simmim", True, 2, 1, 2, dict(mask_ratio=0.44, throw_ratio=0.26, unit=2)),
+    ("simmim", False, 2, 0, 2, dict(mask_ratio=0.6, throw_ratio=0.0, unit=2)),
 ])
-def test_training_loss_equals_its_parts(name, n_masked, n_thrown, unit, given):
+def test_training_loss_equals_its_parts(name, with_maps, n_masked, n_thrown, unit, given):
     model, images, theta = MODELS[name](), random_images(3), amt.random_crops(3, generator=rng())
-    maps = torch.rand(3, 4, 4, generator=rng()) ** 4
+    maps = torch.rand(3, 4, 4, generator=rng()) ** 4 if with_maps else None
     torch.manual_seed(5)
     loss = amt.training_loss(model, images, theta, maps, **given)
     torch.manual_seed(5)
-    weights = amt.crop_weights(maps, theta, 16, 4 * unit)
-    ids = amt.expand_units(amt.sample_patches(weights), 4, unit)     # all patches, as ranked
+    weights = torch.ones(3, 16 // unit ** 2)
+    if with_maps:
+        weights = amt.crop_weights(maps, theta, 16, 4 * unit)
+    ranking = given.get("strategy", amt.sample_patches)(weights)
+    ids = amt.expand_units(ranking, 4, unit)             # all patches, as ranked
     masked, visible = ids[:, :n_masked * unit ** 2], ids[:, (n_masked + n_thrown) * unit ** 2:]
     assert torch.equal(loss, model(images, visible=visible, masked=masked)[0])
     assert loss.requires_grad

@@ -315,7 +315,7 @@ class Pretraining(Stage):
             whole_images = ((ids, data.normalise(images))
                             for ids, images in data.whole("train", share(self.n)))
             maps = all_reduce(amt.dataset_maps(encoder, whole_images, self.n)).float()   # (n, h, w)
-        run["position_share"] = f"{(maps.mean(0).var() / maps.var()).item():.4f}"
+        run["position_share"] = f"{position_share(maps):.4f}"
         torch.manual_seed(seed_of(args.seed, "shuffled", epoch))
         run["maps"] = reweight(maps, args.weights).half()
         shown = self.shown()
@@ -325,10 +325,9 @@ class Pretraining(Stage):
 
     def loss(self, ids: Tensor, images: Tensor, theta: Tensor) -> Tensor:
         """The loss, a scalar, of a mini-batch of `batches`."""
-        if self.run["maps"] is None:                     # all patches weigh the same
-            maps = torch.ones(len(ids), 1, 1, device=DEVICE)
-        else:
-            maps = self.run["maps"][ids]
+        maps = self.run["maps"]
+        if maps is not None:
+            maps = maps[ids]
         with precision(self.args):
             return amt.training_loss(self.parallel, self.data.normalise(images), theta, maps,
                                      *self.masking())
@@ -352,6 +351,11 @@ class Pretraining(Stage):
         """Eight test images, 0 to 255, for the pictures."""
         ids = torch.randperm(len(self.data.test), generator=torch.Generator().manual_seed(0))[:8]
         return torch.cat([images for _, images in self.data.whole("test", ids)])
+
+
+def position_share(maps: Tensor) -> float:
+    """The fraction of the variance of maps (n, h, w) that the position of a patch explains."""
+    return (maps.mean(dim=0).var() / maps.var()).item()
 
 
 def reweight(maps: Tensor, weights: str) -> Tensor:
@@ -607,15 +611,16 @@ def cached_probe(args, data, encoder: amt.ViT) -> str:
         loss.backward()
         return loss
 
-    losses, accuracy = [], 0.0                           # of held-out images, of test images
+    losses = []                                          # of the held-out images, each round
+    test_accuracy = 0.0                                  # in the round with the lowest loss
     while len(losses) < 4 or min(losses[-3:]) < min(losses[:-3]):
         optimizer.step(training_loss)
         with torch.no_grad():
             losses.append(F.cross_entropy(head(x[held_out]), labels[held_out]).item())
             right = head(x_test).argmax(dim=1) == data.test_labels
         if losses[-1] == min(losses):
-            accuracy = 100 * right.float().mean().item()
-    return f"{accuracy:.2f}"
+            test_accuracy = 100 * right.float().mean().item()
+    return f"{test_accuracy:.2f}"
 
 
 class Classifier(nn.Module):

@@ -6,6 +6,7 @@
     python docs/figures.py objects out-shapes ...     # attention on the objects of shapes
 """
 import csv
+import math
 import sys
 from pathlib import Path
 
@@ -23,12 +24,25 @@ MASKED, THROWN, VISIBLE = "#d1495b", "#8a8f98", "#2e7d5b"
 plt.rcParams.update({"font.size": 10, "figure.facecolor": "white", "savefig.dpi": 130})
 
 
+def load_run(out_dir: str) -> tuple[dict, amt.ViT]:
+    """The settings and the encoder of a run of train_cifar.py."""
+    settings = torch.load(Path(out_dir) / "checkpoint.pth", weights_only=True)["settings"]
+    args = train_cifar.parse_args([
+        "--dataset", settings["dataset"], "--depth", str(settings["depth"]),
+        "--epochs", "0", "--checkpoint", str(Path(out_dir) / "encoder.pth")])
+    return settings, train_cifar.load_encoder(args)
+
+
+def test_maps(encoder: amt.ViT, data: train_cifar.Images, n: int) -> torch.Tensor:
+    """The attention maps (n, h, w) of the first n test images."""
+    batches = ((ids, data.normalise(images))
+               for ids, images in data.whole("test", torch.arange(n)))
+    return amt.dataset_maps(encoder, batches, n).float()
+
+
 def method(out_dir: str):
     """The path of one image through AMT: attention, ranking, split, encoder, decoder, loss."""
-    saved = torch.load(Path(out_dir) / "checkpoint.pth", weights_only=True)
-    settings = saved["settings"]
-    encoder = amt.ViT(settings["img_size"], settings["patch_size"], 192, settings["depth"], 3)
-    encoder.load_state_dict(torch.load(Path(out_dir) / "encoder.pth", weights_only=True))
+    settings, encoder = load_run(out_dir)
     images = train_cifar.shapes(60, seed=3)[0].float()
     image = images[52:53]
     mean = images.mean(dim=(0, 2, 3), keepdim=True)
@@ -115,7 +129,8 @@ def paired():
         differences = torch.tensor([a[x] - b[x] for x in seeds], dtype=torch.float64)
         n = len(seeds)
         mean, error = differences.mean().item(), differences.std().item() / n ** 0.5
-        print(f"| {run} - {control} | {mean:+.2f} | {error:.2f} | {p_value(mean / error, n - 1):.2f} |")
+        p = p_value(mean / error, n - 1)
+        print(f"| {run} - {control} | {n} | {mean:+.2f} | {error:.2f} | {p:.3f} |")
         axes.errorbar(place + 0.22, mean, error, fmt="_", color="black", capsize=4, markersize=14)
         axes.text(place + 0.28, mean, f"{mean:+.2f}\n\u00b1 {error:.2f}", va="center", size=8)
         for seed, difference in zip(seeds, differences.tolist()):
@@ -132,30 +147,24 @@ def paired():
 def p_value(t: float, df: int) -> float:
     """The two-sided p of Student's t with df degrees of freedom, by numerical integration."""
     x = torch.linspace(0, abs(t), 100_001, dtype=torch.float64)
-    density = torch.exp(torch.special.gammaln(torch.tensor((df + 1) / 2, dtype=torch.float64))
-                        - torch.special.gammaln(torch.tensor(df / 2, dtype=torch.float64)))
-    density = density / (df * torch.pi) ** 0.5 * (1 + x ** 2 / df) ** (-(df + 1) / 2)
+    scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
+    density = scale * (1 + x ** 2 / df) ** (-(df + 1) / 2)
     return 1 - 2 * torch.trapezoid(density, x).item()
 
 
 def attention(out_dir_a: str, out_dir_b: str, data_path: str = "data"):
-    """What [CLS] attends to in eight test images, in two runs on CIFAR-10 that differ in the seed."""
+    """What [CLS] attends to in eight test images of CIFAR-10, in runs that differ in the seed."""
+    data = train_cifar.load_data(train_cifar.parse_args(["--data-path", data_path]))
     figure, axes = plt.subplots(3, 8, figsize=(9, 3.9))
-    for row, out_dir in enumerate([out_dir_a, out_dir_b]):
-        settings = torch.load(Path(out_dir) / "checkpoint.pth", weights_only=True)["settings"]
-        args = train_cifar.parse_args(["--data-path", data_path, "--precision", "fp32",
-                                       "--depth", str(settings["depth"])])
-        data = train_cifar.load_data(args)
-        encoder = train_cifar.build_encoder(args)
-        encoder.load_state_dict(torch.load(Path(out_dir) / "encoder.pth", weights_only=True))
-        ids = torch.arange(2000)
-        batches = [(i, data.normalise(images)) for i, images in data.whole("test", ids)]
-        maps = amt.dataset_maps(encoder, batches, len(ids)).float()
-        share = 100 * maps.mean(dim=0).var() / maps.var()
+    for column in range(8):
+        axes[0, column].imshow(data.test[column].permute(1, 2, 0))
+    for row, out_dir in zip(axes[1:], [out_dir_a, out_dir_b]):
+        settings, encoder = load_run(out_dir)
+        maps = test_maps(encoder, data, 2000)
+        share = 100 * train_cifar.position_share(maps)
         for column in range(8):
-            axes[0, column].imshow(data.test[ids[column]].permute(1, 2, 0))
-            axes[row + 1, column].imshow(maps[column], cmap="magma", vmin=0, vmax=1)
-        axes[row + 1, 0].set_ylabel(f"seed {settings['seed']}\nposition\n{share:.0f} %")
+            row[column].imshow(maps[column], cmap="magma", vmin=0, vmax=1)
+        row[0].set_ylabel(f"seed {settings['seed']}\nposition\n{share:.0f} %")
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     figure.subplots_adjust(wspace=0.05, hspace=0.05)
@@ -163,24 +172,21 @@ def attention(out_dir_a: str, out_dir_b: str, data_path: str = "data"):
 
 
 def objects(*out_dirs: str):
-    """Prints how much of the attention of [CLS] lies on the objects of the test images of shapes."""
+    """Prints how much attention [CLS] pays to the objects in the test images of shapes."""
     args = train_cifar.parse_args(["--dataset", "shapes"])
     data = train_cifar.load_data(args)
     colours = (data.test.long() * torch.tensor([65536, 256, 1])[:, None, None]).sum(dim=1)
-    inside = []                                          # an object has two colours, the most common
-    for image in colours:
+    inside = []
+    for image in colours:                                # the two most common are the object's
         values, counts = image.unique(return_counts=True)
         inside.append(torch.isin(image, values[counts.topk(2).indices]))
     area = amt.patchify(torch.stack(inside)[:, None].float(), args.patch_size).mean(dim=2)
     print(f"objects: {100 * area.mean():.1f} % of the area")
     for out_dir in out_dirs:
-        encoder = train_cifar.build_encoder(args)
-        encoder.load_state_dict(torch.load(Path(out_dir) / "encoder.pth", weights_only=True))
-        maps = amt.dataset_maps(encoder, [(ids, data.normalise(images)) for ids, images
-                                          in data.whole("test", torch.arange(1000))], 1000).float()
+        maps = test_maps(load_run(out_dir)[1], data, len(data.test))
         weights = maps.flatten(1)
         on_objects = (weights * area).sum(dim=1) / weights.sum(dim=1)
-        position = maps.mean(dim=0).var() / maps.var()
+        position = train_cifar.position_share(maps)
         torch.manual_seed(0)
         visible = amt.mask_and_throw(amt.sample_patches(weights), 0.45, 0.40)[2]
         print(f"{out_dir}: objects have {100 * on_objects.mean():.1f} % of the attention and "
