@@ -42,7 +42,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
@@ -959,9 +959,7 @@ class Decoder(Dataset):
     def show(self, image: Image.Image, i: int) -> tuple[Tensor, Tensor]:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"mode {image.mode} has more than 8 bits a channel: convert it")
-        orientation = image.getexif().get(0x0112, 1)
-        turned = orientation in (5, 6, 7, 8)             # by 90 degrees
-        W, H = image.size[::-1] if turned else image.size
+        W, H = image.size
         if isinstance(self.view, tuple):
             g = torch.Generator().manual_seed(seed_of(self.key, i))
             theta = amt.random_crops(1, self.view, generator=g, image_ratio=W / H)[0]
@@ -977,8 +975,6 @@ class Decoder(Dataset):
         size = self.img_size
         reduced = max(size / (W * width), size / (H * height))
         image.draft(None, tuple(math.ceil(reduced * pixels) for pixels in image.size))
-        if orientation != 1:
-            image = ImageOps.exif_transpose(image)
         if image.mode != "RGB":
             image = image.convert("RGB")
         W, H = image.size                                # the crop gets whole pixels, at least one
