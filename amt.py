@@ -159,16 +159,15 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block from tokens (B, T, D) to tokens (B, T, D)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
+    def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        hidden_dim = int(dim * mlp_ratio)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(
-            fc1=nn.Linear(dim, hidden_dim),
+            fc1=nn.Linear(dim, 4 * dim),
             act=nn.GELU(),
-            fc2=nn.Linear(hidden_dim, dim),
+            fc2=nn.Linear(4 * dim, dim),
         ))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -193,7 +192,7 @@ class ViT(nn.Module):
     """
 
     def __init__(self, img_size: int = 224, patch_size: int = 16, embed_dim: int = 768,
-                 depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0):
+                 depth: int = 12, num_heads: int = 12):
         super().__init__()
         if patch_size < 1 or img_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide img_size {img_size}: "
@@ -206,8 +205,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02)
         self.pos_embed = nn.Parameter(
             sincos_pos_embed(embed_dim, self.grid_size), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         init_weights(self)
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import amt
 import train_cifar
@@ -78,12 +79,15 @@ def vit_with_attention(attention):
 
 @pytest.mark.parametrize("call, message", [
     (lambda: amt.patchify(torch.zeros(1, 3, 12, 10), 4), "12x10 pixels.*4x4"),
+    (lambda: amt.patchify(torch.zeros(1, 3, 10, 12), 4), "10x12 pixels.*4x4"),
     (lambda: amt.unpatchify(torch.zeros(1, 5, 48), 4), "N = 5 patches.*square"),
     (lambda: amt.sincos_pos_embed(10, 4), "width 10 .*multiple of 4"),
     (lambda: tiny_vit(patch_size=5), "size 5.*16"), (lambda: tiny_vit(num_heads=5), "heads 5.*24"),
     (lambda: tiny_vit()(torch.zeros(2, 3, 16, 8)), r"\(2, 3, 16, 8\).*\(B, 3, 16, 16\)"),
     (lambda: amt.attention_maps(vit_with_attention(torch.ones(1, 2, 17)), None), "N = 17.*square"),
-    (lambda: amt.attention_maps(vit_with_attention(torch.ones(1, 2, 4) / 0), None), "not finite"),
+    *((lambda value=value: amt.attention_maps(vit_with_attention(torch.full((1, 2, 4), value)),
+                                              None), "not finite")
+      for value in (math.nan, math.inf)),
     (lambda: amt.dataset_maps(tiny_vit(), [], 4), "no images"),
     *((lambda value=value: amt.sample_patches(torch.tensor([[1.0], [value]])), "negative, inf")
       for value in (-0.1, math.nan, math.inf)),
@@ -94,6 +98,7 @@ def vit_with_attention(attention):
     (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.6, 0.4), "38 masked, 26 thrown, 0 visible"),
     (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.001), "0 masked, 0 thrown, 64 visible"),
     (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.4, unit=0), "0x0 patches"),
+    (lambda: amt.mask_and_throw(torch.zeros(1, 8), 0.5, unit=2), "N = 8 patches.*square"),
     (lambda: amt.expand_units(torch.zeros(1, 4).long(), 8, 3), "3x3 patches.*grid of 8x8"),
     (lambda: tiny_mae()(random_images(2), *split(2)[:2]), "positional argument"),
     (lambda: tiny_simmim()(random_images(2), *split(2)[:2]), "positional argument"),
@@ -172,15 +177,6 @@ def test_vit_equals_pytorchs_layers_and_embeds_only_visible_patches(visible):
     assert embedded == [len(ids[0])]
 
 
-def test_timm_loads_the_state_dict_and_gives_the_same_tokens():
-    timm = pytest.importorskip("timm")
-    vit, images = tiny_vit(), random_images(2)
-    theirs = timm.models.vision_transformer.VisionTransformer(
-        img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=2, num_classes=0).eval()
-    theirs.load_state_dict(vit.state_dict(), strict=True)
-    torch.testing.assert_close(vit(images), theirs.forward_features(images), rtol=1e-4, atol=1e-5)
-
-
 def test_parameters_have_the_names_of_timm_and_mae_and_only_positions_are_frozen():
     parts = r"(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2)"
     vit = rf"cls_token|pos_embed|(patch_embed\.proj|norm|blocks\.\d\.{parts})\.(weight|bias)"
@@ -234,7 +230,8 @@ def test_cls_attention_is_the_row_of_cls_without_the_tokens_that_are_not_patches
     block, x = tiny_vit().blocks[0], 3 * torch.randn(2, 7, 24, generator=rng())
     expected = torch_attention(torch_layer(block), x)[:, :, 3:]
     torch.testing.assert_close(block.attn.cls_attention(x, num_prefix_tokens=3), expected)
-    assert block.bfloat16().attn.cls_attention(x.bfloat16()).dtype == torch.float32
+    a = block.bfloat16().attn.cls_attention(x.bfloat16())
+    assert a.dtype == torch.float32 and not torch.equal(a, a.bfloat16().float())
 
 
 def test_attention_maps_average_the_last_blocks_heads_then_stretch_each_image_to_0_and_1():
@@ -253,17 +250,15 @@ def test_attention_maps_average_the_last_blocks_heads_then_stretch_each_image_to
     assert torch.equal(amt.attention_maps(even, images), torch.zeros(2, 4, 4))
 
 
-def test_attention_maps_restore_the_modes_and_refuse_attention_that_is_not_finite():
+def test_attention_maps_restore_the_modes_even_after_an_error():
     vit, images = tiny_vit(), random_images(2)
     vit.blocks[1].eval()
     modes = [m.training for m in vit.modules()]
     amt.attention_maps(vit, images)
     assert [m.training for m in vit.modules()] == modes
-    images[1, 2, 7, 7] = math.nan
-    for bad in (images, images[:, :, 1:]):
-        with pytest.raises(ValueError, match="not finite|do not fit"):
-            amt.attention_maps(vit, bad)
-        assert [m.training for m in vit.modules()] == modes
+    with pytest.raises(ValueError, match="do not fit"):
+        amt.attention_maps(vit, images[:, :, 1:])
+    assert [m.training for m in vit.modules()] == modes
 
 
 def test_dataset_maps_puts_each_map_at_the_index_of_its_image_and_shares_sum_to_the_whole():
@@ -301,7 +296,7 @@ def test_random_crops_stay_in_the_image_and_repeat_with_the_generator():
     sides, centres = theta[:, [0, 1], [0, 1]].abs(), theta[:, :, 2].abs()
     assert (sides + centres <= 1 + 1e-6).all() and (sides == 1).any()
     area, aspect = sides.prod(dim=1), sides[:, 0] / sides[:, 1]
-    assert 0.2 < area.min() * 1.001 < 0.21               # MAE's scale, and the usual ratio
+    assert 0.2 < area.min() * 1.001 < 0.21 and area.max() > 0.95     # MAE's scale, usual ratio
     assert 0.75 < aspect.min() * 1.001 < 0.76 and 1.32 < aspect.max() * 0.999 < 4 / 3
     assert torch.equal(theta, amt.random_crops(5000, generator=rng(3)))
 
@@ -313,33 +308,30 @@ def test_crop_of_whole_pixels_is_slicing_and_the_image_continues_at_its_edges(mo
     theta = torch.tensor([[[s, 0, -0.25], [0, 0.5, 0.125]]], dtype=torch.float64)
     expected = images[:, :, 5:13, 2:10].flip([3] if flip else [])
     torch.testing.assert_close(amt.crop(images, theta, 8, mode), expected, rtol=1e-4, atol=1e-4)
-    ones = amt.crop(torch.ones(1, 1, 4, 4), torch.eye(2, 3)[None], 16, mode)
-    torch.testing.assert_close(ones, torch.ones(1, 1, 16, 16))
+    larger = F.interpolate(images, size=32, mode=mode)
+    whole = torch.eye(2, 3)[None]
+    torch.testing.assert_close(amt.crop(images, whole, 32, mode), larger, rtol=1e-4, atol=1e-4)
+    assert amt.crop(images.half(), whole, 32, mode).dtype == torch.float16
 
 
 @pytest.mark.parametrize("p", [4, 8])
 def test_each_weight_lies_on_the_patch_that_shows_what_the_weight_was_measured_on(p):
-    # Each pixel of the image holds its own place, and the map has one hot cell. Whatever the crop
-    # and the flip are, the weight of a patch must be that of the places that the patch shows.
+    # Each pixel of an image holds its place (x, y), and the map is a * x + b * y. So the weight of
+    # a patch must be the sum of a * x + b * y over the places that the patch shows.
+    def places(side):
+        line = (torch.arange(side) + 0.5) / side
+        return torch.stack([line.expand(side, side), line[:, None].expand(side, side)])
+
     n, size, h = 64, 32, 8
-    line = (torch.arange(size) + 0.5) / size
-    places = torch.stack([line.expand(size, size), line[:, None].expand(size, size)])
-    theta = amt.random_crops(n, (0.2, 1.0), generator=rng())
-    hot = torch.randint(h, (n, 2), generator=rng(1))     # column, row
-    maps = torch.zeros(n, h, h, dtype=torch.float16)
-    maps[torch.arange(n), hot[:, 1], hot[:, 0]] = 1
+    theta = amt.random_crops(n, generator=rng())
+    ab = 2 * torch.rand(n, 2, 1, 1, generator=rng(1)) - 1
+    maps = (ab * places(h)).sum(dim=1).half()
     weights = amt.crop_weights(maps, theta, size, p)
-    assert weights.shape == (n, (size // p) ** 2) and weights.dtype == torch.float32
-    shown = amt.crop(places.expand(n, -1, -1, -1), theta, size, "bilinear")
-    hot = hot[:, :, None, None]
-    off = shown - (hot + 0.5) / h
-    tents = (1 - off.abs() * h).clamp(min=0)             # the bilinear interpolation of the cell
-    outside = ((hot == 0) | (hot == h - 1)) & (off * (hot - 3.5).sign() > 0)
-    tents = torch.where(outside, 1.0, tents)             # the map is continued at its edges
-    expected = amt.patchify(tents[:, :1] * tents[:, 1:], p).sum(dim=2)
-    most = expected.amax(dim=1)                          # 16 if the cell fills 4 x 4 pixels
-    assert (most > 8).sum() > 20 and (most == 0).any()
-    assert (weights - expected).abs().max() < p / 4      # a pixel is not a point
+    assert weights.dtype == torch.float32
+    shown = amt.crop(places(size).expand(n, -1, -1, -1), theta, size, "bilinear")
+    shown = shown.clamp(0.5 / h, 1 - 0.5 / h)            # the map is continued at its edges
+    expected = amt.patchify((ab * shown).sum(dim=1, keepdim=True), p).sum(dim=2)
+    torch.testing.assert_close(weights, expected, rtol=0, atol=0.02 * p * p)
     with torch.autocast("cpu", torch.bfloat16):          # must not shift the crop
         assert torch.equal(amt.crop_weights(maps, theta, size, p), weights)
 
@@ -373,6 +365,12 @@ def test_sample_patches_draws_in_proportion_to_the_weights_and_zeros_last(weight
 
     rankings = amt.sample_patches(torch.tensor(weights).expand(60000, -1), rng())
     assert_distribution(rankings, probability)
+
+
+def test_a_zero_weight_comes_after_a_tiny_one_whatever_is_drawn(monkeypatch):
+    E = torch.tensor([[0.0, 148.0]])                     # no exponential draw is outside
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x, generator=None: x.copy_(E))
+    assert amt.sample_patches(torch.tensor([[0.0, 2.0 ** -149]])).tolist() == [[1, 0]]
 
 
 # ==== 6. Masking and throwing =====================================================================
@@ -518,32 +516,17 @@ def test_training_loss_equals_its_parts(name, with_maps, n_masked, n_thrown, uni
     ids = amt.expand_units(ranking, 4, unit)             # all patches, as ranked
     masked, visible = ids[:, :n_masked * unit ** 2], ids[:, (n_masked + n_thrown) * unit ** 2:]
     assert torch.equal(loss, model(images, visible=visible, masked=masked)[0])
-    assert loss.requires_grad
+    assert loss.requires_grad and amt.training_loss.__defaults__[:2] == (0.45, 0.40)
 
 
-def test_training_loss_masks_what_the_map_of_each_image_of_a_loader_marks():
-    # The map of an image is its brightness, so the brightest patches of each crop must be masked.
-    maps = torch.rand(12, 4, 4, generator=rng())
-
-    class Crops(torch.utils.data.Dataset):
-        images = F.interpolate(maps[:, None], size=64, mode="bilinear").expand(-1, 3, -1, -1)
-
-        def __len__(self):
-            return 12
-
-        def __getitem__(self, i):
-            theta = amt.random_crops(1)
-            return amt.crop(self.images[i][None], theta, 32, "bicubic")[0], theta[0], i
-
-    def model(images, *, visible, masked):
-        x = amt.patchify(images, 4).mean(dim=2)
-        return (x.gather(1, masked).amin(dim=1) - x.gather(1, visible).amax(dim=1)).amin(), None
-
-    torch.manual_seed(0)
-    model.encoder = tiny_vit()
-    for images, theta, ids in torch.utils.data.DataLoader(Crops(), batch_size=5, shuffle=True):
-        gap = amt.training_loss(model, images, theta, maps[ids], strategy=amt.highest_first)
-        assert gap > 0.05                                # the thrown patches lie between
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("strategy", train_cifar.STRATEGIES.values())
+def test_training_loss_keeps_to_the_device_of_the_images(name, strategy):
+    model, images, theta = MODELS[name](), random_images(3), amt.random_crops(3)
+    with FakeTensorMode(allow_non_fake_inputs=True):     # refuses operations on two devices
+        model, images, maps = model.to("cuda"), images.to("cuda"), torch.rand(3, 4, 4).to("cuda")
+        loss = amt.training_loss(model, images, theta, maps, 0.5, 0.25, 2, strategy)
+        assert loss.device.type == "cuda"
 
 
 # ==== 9. Other strategies =========================================================================
@@ -581,15 +564,14 @@ def test_grid_wise_leaves_the_bottom_left_of_each_2_x_2_after_a_checkerboard(h):
 
 
 def test_block_wise_ranks_rectangles_of_the_right_shapes_each_row_by_row():
-    ranking, blocks = train_cifar.STRATEGIES["block"](torch.ones(500, 196), rng()), []
+    ranking = train_cifar.STRATEGIES["block"](torch.ones(500, 196), rng())
     sides = torch.stack([ranking // 14, ranking % 14])               # row and column
     assert (ranking[:, :12].diff(dim=1) > 0).all()       # no rectangle has fewer than 12 patches
     height, width = sides.cummax(dim=2).values - sides.cummin(dim=2).values + 1
     full = (height * width == torch.arange(1, 197)) & (height * width <= 90)
-    for i in range(500):                                 # the longest beginning that is a rectangle
-        end = full[i].nonzero()[-1].item()
-        blocks.append((end + 1, (height[i, end] / width[i, end]).item()))
-    sizes, aspects = map(sorted, zip(*blocks))
+    end = torch.where(full, torch.arange(196), 0).amax(dim=1)        # of the longest such beginning
+    height, width = (x.gather(1, end[:, None])[:, 0] for x in (height, width))
+    sizes, aspects = sorted((end + 1).tolist()), sorted((height / width).tolist())
     assert sizes[50:500:100] == pytest.approx([22, 34, 47, 60, 72], abs=5)       # quantiles
     assert aspects[0] == pytest.approx(0.3, abs=0.1) and aspects[250] == pytest.approx(1, abs=0.15)
     assert aspects[-1] == pytest.approx(1 / 0.3, abs=1)
@@ -614,6 +596,7 @@ TIMES = {"seconds", "update_seconds", "images_per_second"}
 HANDLERS = {number: signal.getsignal(number)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
 
+
 @pytest.fixture(autouse=True)
 def restored_signals():
     signal.signal(signal.SIGHUP, signal.SIG_DFL)         # nohup and background jobs ignore these
@@ -623,15 +606,19 @@ def restored_signals():
     for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
+
 def parse(*flags):
     return train_cifar.parse_args([*SMALL, *map(str, flags)])
+
 
 def load(path):
     return torch.load(path, weights_only=True)
 
+
 def run(out_dir, *flags):
     train_cifar.main([*SMALL, "--out-dir", str(out_dir), *map(str, flags)])
     return out_dir
+
 
 def error(out_dir, *flags):
     """The one line that the script ends with."""
@@ -641,13 +628,16 @@ def error(out_dir, *flags):
     assert re.match("(train_cifar.py: )?error: ", line) and "\n" not in line
     return line
 
+
 def rows(out_dir, prefix=""):
     with open(out_dir / f"{prefix}log.csv", newline="") as file:
         return list(csv.DictReader(file))
 
+
 def column(out_dir, name, prefix=""):
     """A column of a log: numbers, and None where it is empty."""
     return [float(row[name]) if row[name] else None for row in rows(out_dir, prefix)]
+
 
 def saved(out_dir, prefix=""):
     """All that a stage leaves but the times."""
@@ -657,6 +647,7 @@ def saved(out_dir, prefix=""):
             del dictionary[name]
     csv_rows = [{k: v for k, v in row.items() if k not in TIMES} for row in rows(out_dir, prefix)]
     return content | {"csv": csv_rows}
+
 
 def assert_same(a, b, **tolerance):
     """Compares nested dicts, lists and tuples of tensors bit for bit, or within a tolerance."""
@@ -670,10 +661,12 @@ def assert_same(a, b, **tolerance):
     else:
         assert a == b
 
+
 def assert_close_models(a, b):
     """The gradient of a key's bias is rounding noise, which Adam enlarges: it is left out."""
     a, b = ({k: p for k, p in x["model"].items() if "qkv.bias" not in k} for x in (a, b))
     assert_same(a, b, rtol=0, atol=1e-4)
+
 
 def record(monkeypatch, kind=train_cifar.Pretraining):
     """A list to which each mini-batch of a stage adds what it was given and what it drew."""
@@ -696,6 +689,7 @@ def record(monkeypatch, kind=train_cifar.Pretraining):
     monkeypatch.setattr(amt, "mask_and_throw", recording_split)
     return steps
 
+
 def at_call(monkeypatch, kind, call, action):
     """Has action(loss) replace what that call of the loss of a stage returns."""
     loss, calls = getattr(train_cifar, kind).loss, itertools.count(1)
@@ -706,26 +700,28 @@ def at_call(monkeypatch, kind, call, action):
 
     monkeypatch.setattr(getattr(train_cifar, kind), "loss", acting)
 
+
 FORKS = multiprocessing.get_context("forkserver")        # forks a process that has imported torch
 FORKS.set_forkserver_preload(["torchvision.datasets", "torchvision.transforms.v2"])
 PROCESS = """
 import itertools, multiprocessing, os, signal, sys
-os.dup2(os.open({file!r}, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
 os.dup2(1, 2)
-os.environ.update({env})
-sys.path.insert(0, {path!r})
+os.environ.update(env)
+sys.path.insert(0, path)
 import torch, train_cifar
 multiprocessing.set_start_method("fork", force=True)
 torch.set_num_threads(1)
 loss, calls = train_cifar.Pretraining.loss, itertools.count(1)
 def acting(*args):
-    if {rank} == {at[0]} and next(calls) == {at[1]}:
-        {at[2]}
+    if int(env["RANK"]) == at[0] and next(calls) == at[1]:
+        exec(at[2], globals())
     return loss(*args)
 train_cifar.Pretraining.loss = acting
-train_cifar.main({argv})
+train_cifar.main(argv)
 """
 SEND = "os.kill(os.getpid(), signal.{})".format
+
 
 def processes(tmp_path, flags_of_each, at=(0, 0, "pass")):
     """Runs the script in a process for each list of flags, as torchrun does. Returns the exit codes
@@ -736,10 +732,9 @@ def processes(tmp_path, flags_of_each, at=(0, 0, "pass")):
     for rank, flags in enumerate(flags_of_each):
         env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n,
                    MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        source = PROCESS.format(file=f"{tmp_path}/said-{rank}", path=path, rank=rank, at=at,
-                                env={k: str(v) for k, v in env.items()},
-                                argv=[*SMALL, *map(str, flags)])
-        started.append(FORKS.Process(target=exec, args=(source, {})))
+        values = dict(file=f"{tmp_path}/said-{rank}", path=path, at=at,
+                      env={k: str(v) for k, v in env.items()}, argv=[*SMALL, *map(str, flags)])
+        started.append(FORKS.Process(target=exec, args=(PROCESS, values)))
         started[-1].start()
     for process in started:
         process.join(60)
@@ -748,10 +743,12 @@ def processes(tmp_path, flags_of_each, at=(0, 0, "pass")):
     said = "".join((tmp_path / f"said-{rank}").read_text() for rank in range(n))
     return [process.exitcode for process in started], said
 
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The directory of a run from its beginning to its end. Tests read it and never write it."""
     return run(tmp_path_factory.mktemp("finished"), *ALL_STAGES)
+
 
 # ==== Flags =======================================================================================
 
@@ -761,15 +758,17 @@ def finished(tmp_path_factory):
     (["--batch-size", 0], "--batch-size 0 is not allowed: give 1 or more"),
     (["--batch-size", 1], "too small for the BatchNorm of the linear probe: give 2 or more"),
     (["--mask-ratio", 0.75], "12 masked, 6 thrown, -2 visible.*--throw-ratio"),
-    (["--mask-unit", 3], "3x3 patches do not fill a grid of 4x4.*--mask-unit"),
-    (["--blr", "nan"], "--blr nan is not allowed: give a number"),
+    (["--mask-unit", 3], "--mask-unit 3 does not divide a side of 4 patches"),
+    (["--blr", "nan"], "--blr nan is not allowed: give more than 0"),
     (["--epochs", 0], "--epochs 0 with --checkpoint None: give .* FILE or none"),
+    (["--epochs", 0, "--checkpoint", "none", "--probe-epochs", 0], "nothing to do with --check"),
     (["--update-interval", 6], "--update-interval 6 is not less than --epochs 6"),
     (["--out-dir", __file__], "cannot write to --out-dir .*give another one"),
 ])
 def test_bad_flags_end_the_run_with_one_line(flags, words, tmp_path):
     assert re.search(words, error(tmp_path, *flags))
     assert {path.name for path in tmp_path.iterdir()} <= {".lock"}
+
 
 @pytest.mark.parametrize("method, unit, low, random, amt_ratios", [
     ("mae", 1, 0.2, (0.75, 0.0), [(0.45, 0.40)]),
@@ -784,6 +783,7 @@ def test_a_method_has_the_ratios_and_units_of_the_paper(method, unit, low, rando
         assert (args.mask_ratio, args.throw_ratio, args.mask_unit) == (*ratios, unit)
     assert (args.update_interval, args.warmup_epochs, args.patch_size) == (40, 40, 4)
     assert train_cifar.parse_args(["--dataset", "folder", "--model", "vit_huge"]).patch_size == 14
+
 
 # ==== Pretraining =================================================================================
 
@@ -811,6 +811,7 @@ def test_a_run_writes_its_files(finished):
     assert all(5 < x < 40 for x in column(finished, "test_accuracy", "finetune-"))
     assert column(finished, "loss")[-1] < column(finished, "loss")[0] - 0.08
 
+
 def test_the_schedule_of_a_run(finished, tmp_path, monkeypatch):
     steps = record(monkeypatch)
     run(tmp_path, *NO_PROBE)
@@ -828,6 +829,7 @@ def test_the_schedule_of_a_run(finished, tmp_path, monkeypatch):
         assert not torch.equal(a["ranking"], b["ranking"])
     assert_same(saved(tmp_path)["model"], saved(finished)["model"])      # probes change nothing
 
+
 @pytest.mark.parametrize("masking, method", [
     ("attmask", "mae"), ("mst", "simmim"), ("grid", "mae"), ("block", "maskfeat")])
 def test_strategies_rank_by_the_maps_of_crops_or_without(masking, method, tmp_path, monkeypatch):
@@ -844,30 +846,20 @@ def test_strategies_rank_by_the_maps_of_crops_or_without(masking, method, tmp_pa
         if step["maps"] is not None:
             weights = amt.crop_weights(step["maps"][step["ids"]], step["theta"], 32, 4 * unit)
             assert torch.equal(ranking, train_cifar.STRATEGIES[masking](weights))
-    masked, thrown, visible = ranking.split([N // 2, N // 4, N // 4], dim=1)
-    for patches, units in zip(step["sets"], (masked, thrown, visible)):
-        units_of_patches = patches // 8 // unit * (8 // unit) + patches % 8 // unit
-        assert torch.equal(units_of_patches, units.repeat_interleave(unit ** 2, dim=1))
     assert len(tiles(tmp_path / "masking.png")) == (3 if method == "maskfeat" else 4)
     assert (tmp_path / "attention.png").exists() == uses_maps
 
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_attention_ranks_first_what_the_map_of_the_image_itself_marks(precision, monkeypatch):
+def test_the_loss_is_that_of_the_model_on_normalised_crops(precision, monkeypatch):
     steps, args = record(monkeypatch), parse("--patch-size", 4, "--precision", precision)
     stage = train_cifar.Pretraining(args, train_cifar.load_data(args))
     unsettle(stage.model)
-    maps = torch.zeros(70, 8, 8)
-    maps[torch.arange(70), torch.arange(70) % 8, torch.arange(70) // 9] = 1    # one cell each
-    stage.run["maps"] = maps
     for ids, images, theta in train_cifar.batches(stage, 0):
         pixels = amt.crop(stage.data.train[ids].float(), theta, 32, "bicubic").clamp(0, 255)
         torch.testing.assert_close(images, pixels)
         loss = stage.loss(ids, images, theta).item()
         masked, _, visible = steps[-1]["sets"]
-        weights = amt.crop_weights(maps[ids], theta, 32, 4)
-        shown = weights.amax(dim=1) > 0
-        assert shown.any() and (weights.gather(1, masked[:, :1])[:, 0] > 0).eq(shown).all()
-        # The loss is that of the model with these sets of patches.
         images = stage.data.normalise(images)
         expected = stage.model(images, visible=visible, masked=masked)[0].item()
         assert (loss == expected) == (precision == "fp32") and stage.model.norm_pix_loss
@@ -875,6 +867,7 @@ def test_attention_ranks_first_what_the_map_of_the_image_itself_marks(precision,
     pixels = stage.data.normalise(stage.data.train.float())
     std, mean = torch.std_mean(pixels, dim=(0, 2, 3))
     assert mean.abs().max() < 1e-3 and (std - 1).abs().max() < 1e-3
+
 
 def test_maps_are_the_attention_of_whole_images_and_weights_change_them(tmp_path):
     maps, data = {}, train_cifar.load_data(parse())
@@ -898,6 +891,7 @@ def test_maps_are_the_attention_of_whole_images_and_weights_change_them(tmp_path
     low, high = ratio.amin(dim=(1, 2), keepdim=True), ratio.amax(dim=(1, 2), keepdim=True)
     torch.testing.assert_close(maps["debiased"], (ratio - low) / (high - low), rtol=0, atol=2e-3)
 
+
 def test_only_the_matrices_of_linear_layers_have_weight_decay():
     model = train_cifar.build_model(parse())
     optimizer = train_cifar.build_optimizer(model)
@@ -905,6 +899,7 @@ def test_only_the_matrices_of_linear_layers_have_weight_decay():
     matrices = {m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     assert decay == {p: 0.05 * (p in matrices) for p in model.parameters() if p.requires_grad}
     assert optimizer.defaults["betas"] == (0.9, 0.95)
+
 
 # ==== Mini-batches ================================================================================
 
@@ -914,7 +909,7 @@ class Drawing(train_cifar.Stage):
     def __init__(self, args, data, name="drawing"):
         model, self.draws, self.gradients = nn.Linear(1, 1, bias=False), [], []
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        super().__init__(args, data, name, "drawing-", model, optimizer, 1e-9, 3, len(data.train))
+        super().__init__(args, data, name, model, optimizer, 1e-9, 3, len(data.train))
         self.parallel, weight = model, model.weight
         optimizer.register_step_pre_hook(lambda *_: self.gradients.append(weight.grad.item()))
         nn.init.ones_(weight)
@@ -923,11 +918,13 @@ class Drawing(train_cifar.Stage):
         self.draws.append(tuple(torch.rand(3).tolist()))
         return self.model.weight.sum() * (1 + 2 * (len(self.draws) % 2))     # 3, 1, 3, 1, ...
 
+
 def test_gradients_are_the_mean_of_the_mini_batches_and_random_numbers_never_repeat(tmp_path):
     stage = Drawing(parse("--out-dir", tmp_path), train_cifar.load_data(parse()))
     train_cifar.fit(stage)
     assert stage.gradients == pytest.approx(6 * [2.0]) and len(set(stage.draws)) == 12
     assert [float(row["loss"]) for row in stage.run["log"]] == pytest.approx(3 * [2.0])
+
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_each_epoch_seed_and_stage_draws_its_own_order_and_crops(where, tmp_path):
@@ -947,6 +944,7 @@ def test_each_epoch_seed_and_stage_draws_its_own_order_and_crops(where, tmp_path
         place_a, place_b = (a[:, None] == b).nonzero(as_tuple=True)          # of the same images
         assert not theta_a[place_a].eq(theta_b[place_b]).flatten(1).all(dim=1).any()
 
+
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_randaugment_changes_each_image_in_its_own_way(where, tmp_path):
     flags = on_disk(make_pictures(tmp_path)) if where == "disk" else []
@@ -964,6 +962,7 @@ def test_randaugment_changes_each_image_in_its_own_way(where, tmp_path):
     assert torch.equal(theta, same)                      # RandAugment does not change the crop
     assert (augmented - plain).mean(dim=(1, 2, 3)).std() > 4     # of equal images
 
+
 # ==== Linear probe and fine-tuning ================================================================
 
 class ColourEncoder(nn.Module):
@@ -980,11 +979,13 @@ class ColourEncoder(nn.Module):
         cls = 100 + 1e-3 * self.scale * images.mean(dim=(2, 3))
         return torch.stack([cls, torch.full_like(cls, math.nan)], dim=1)
 
+
 def colours(n):
     """n images in four colours, darker on the left, and the colours as labels."""
     labels = torch.arange(n) % 4
     colour = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]])[labels]
     return (colour[:, :, None, None] * torch.linspace(0.5, 1, 32).expand(32, 32)).byte(), labels
+
 
 def test_the_probe_trains_a_linear_layer_alone_and_counts_each_test_image_once(tmp_path):
     args = parse("--accum-steps", 1, "--probe-blr", 8, "--out-dir", tmp_path)
@@ -1008,6 +1009,8 @@ def test_the_probe_trains_a_linear_layer_alone_and_counts_each_test_image_once(t
     assert (rise > 0).float().mean().item() == pytest.approx(0.5, abs=0.06)  # flips
     assert rise.abs().std() > 0.1 * rise.abs().mean()    # crops
     assert probe.lr == pytest.approx(8 * 16 / 256) and probe.warmup == 0
+    assert probe.optimizer.defaults["momentum"] == 0.9
+
 
 def test_drop_path_skips_branches_of_whole_images_in_training_and_keeps_the_mean():
     vit, x = amt.ViT(16, 4, 8, 3, 2), torch.randn(2000, 3, 8, generator=rng())
@@ -1024,6 +1027,7 @@ def test_drop_path_skips_branches_of_whole_images_in_training_and_keeps_the_mean
             assert (kept == kept[:, :1]).all()
             assert kept.unique().tolist() == pytest.approx([0, 1 / (1 - p)] if p else [1], abs=1e-3)
 
+
 @pytest.mark.parametrize("flags, decay", [([], 0.75), (["--checkpoint", "none", "--epochs", 0], 1)])
 def test_finetuning_decays_the_rate_by_layer_mixes_smooths_and_crops(flags, decay, tmp_path,
                                                                     monkeypatch):
@@ -1033,8 +1037,9 @@ def test_finetuning_decays_the_rate_by_layer_mixes_smooths_and_crops(flags, deca
     labels[36] += 1                                      # is wrong: 36 of 37 are right
     data = train_cifar.Images(args, colours(64), (images, labels))
     pretrained = unsettle(amt.vit_tiny(img_size=32, patch_size=8, depth=2))
-    stage = train_cifar.FineTuning(args, data, pretrained)
-    assert all(block.attn._forward_hooks for block in stage.model.encoder.blocks)    # drop path
+    stage, rates = train_cifar.FineTuning(args, data, pretrained), set()
+    monkeypatch.setattr(train_cifar, "stochastic_depth", lambda x, p, *_: rates.add(p) or x)
+    assert stage.optimizer.defaults["betas"] == (0.9, 0.999)
     assert 0 < stage.model.head.weight.abs().max() < 1e-3
     targets, inputs, cross_entropy = [], [], F.cross_entropy
 
@@ -1048,6 +1053,9 @@ def test_finetuning_decays_the_rate_by_layer_mixes_smooths_and_crops(flags, deca
     before = {name: p.clone() for name, p in pretrained.state_dict().items()}
     train_cifar.fit(stage)
     assert_same(dict(pretrained.state_dict()), before)
+    assert rates == {0, 0.1}                             # of drop path
+    args.finetune_epochs = 40
+    assert train_cifar.FineTuning(args, data, pretrained).warmup == 2
     last = 3e-2 * 16 / 256 * (0.5 + 0.5 * math.cos(math.pi * 31 / 32))
     groups = stage.optimizer.param_groups
     rates = {p: group["lr"] / last for group in groups for p in group["params"]}
@@ -1068,6 +1076,7 @@ def test_finetuning_decays_the_rate_by_layer_mixes_smooths_and_crops(flags, deca
     assert 0.2 < rows_alike.float().mean() < 0.9         # CutMix pastes boxes, and MixUp does not
     rise = (train[:, :, 0, -1] - train[:, :, 0, 0]).amax(dim=1)[rows_alike]
     assert (rise > 0).any() and (rise <= 0).any()        # flips
+
 
 @pytest.mark.parametrize("kind", ["script", "timm", "mae", "other grid"])
 def test_encoders_of_each_kind_load(kind, tmp_path):
@@ -1096,6 +1105,7 @@ def test_encoders_of_each_kind_load(kind, tmp_path):
     line = error(tmp_path / "out", *flags, "--depth", 2)
     assert re.search("--checkpoint .* does not load as a ViT .*Missing key.*blocks.1.attn", line)
 
+
 # ==== Pictures, benchmark, printed lines ==========================================================
 
 def tiles(path):
@@ -1103,6 +1113,7 @@ def tiles(path):
     pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[:, 4:, 4:]
     pixels = pixels.unfold(1, 132, 132).unfold(2, 132, 132)[..., :128:4, :128:4]
     return pixels.permute(1, 2, 0, 3, 4).float()
+
 
 def test_masking_png_shows_masked_patches_grey_and_thrown_ones_black(finished):
     shown, heat, hidden, predicted = tiles(finished / "masking.png")
@@ -1124,6 +1135,7 @@ def test_masking_png_shows_masked_patches_grey_and_thrown_ones_black(finished):
     assert torch.equal(predicted[~masked], hidden[~masked])
     assert (predicted[masked].mean(dim=1) - shown[masked].mean(dim=1)).abs().mean() < 15
 
+
 @pytest.mark.parametrize("method", ["mae", "simmim"])
 def test_the_benchmark_prints_a_row_for_each_ratio(method, tmp_path, monkeypatch, capsys):
     def blocks(T, D):
@@ -1138,7 +1150,7 @@ def test_the_benchmark_prints_a_row_for_each_ratio(method, tmp_path, monkeypatch
     assert [line.split()[0] for line in lines] == ["random", *(len(ratios) - 1) * ["attention"]]
     unit, operations = 1 if method == "mae" else 4, []
     for line, pair in zip(lines, ratios):
-        mask, throw, ms, images, gflop, _, of_gflop = map(float, re.findall(r"[\d.]+", line))
+        mask, throw, ms, images, gflop, of_time, of_gflop = map(float, re.findall(r"[\d.]+", line))
         units = 64 // unit
         M = unit * round(units * mask)
         K = 64 - M - unit * round(units * throw)
@@ -1147,11 +1159,15 @@ def test_the_benchmark_prints_a_row_for_each_ratio(method, tmp_path, monkeypatch
                               + 6 * ((1 + K) * 192 * 32 + M * 32 * 48))
         else:
             operations.append(blocks(1 + K + M, 192) + 4 * K * 48 * 192 + 6 * M * 192 * 48)
+        first_ms = ms if pair == ratios[0] else first_ms
+        assert of_time == pytest.approx(ms / first_ms, abs=0.01)
         assert (mask, throw) == pair and images == pytest.approx(4e3 / ms, rel=0.05)
         assert gflop == pytest.approx(operations[-1] / 1e9, abs=6e-4)
         assert of_gflop == pytest.approx(operations[-1] / operations[0], abs=6e-3)
+    assert re.match(r"update of the attention maps: [\d.]+ images/s", update)
     assert {(step["maps"] is not None, step["ratios"]) for step in steps} == {
         (i > 0, pair) for i, pair in enumerate(ratios)}
+
 
 def test_a_line_is_printed_each_minute_and_the_log_counts_each_second_once(tmp_path, monkeypatch,
                                                                            capsys):
@@ -1179,12 +1195,14 @@ def test_a_line_is_printed_each_minute_and_the_log_counts_each_second_once(tmp_p
     lines = re.findall(r"epoch (\d) of 6, step (\d) of 2", capsys.readouterr().out)
     assert lines == [("2", "1"), ("3", "1"), ("4", "2"), ("5", "1"), ("6", "2")]
 
+
 # ==== Data sets ===================================================================================
 
 def picture(width, height, seed=0):
     """A smooth random image. No two places in it look alike."""
     small = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
 
 def make_pictures(root):
     """A folder of two classes: 37 training and 7 test images of many sizes and modes."""
@@ -1197,18 +1215,22 @@ def make_pictures(root):
         image.convert(kind).save(path.with_suffix(suffix))
     return root
 
+
 def on_disk(root, *flags):
     return ["--dataset", "imagenet", "--data-path", root, "--model", "vit_tiny", "--batch-size", 6,
             "--blr", 3e-2, *flags]
+
 
 def opened(path):
     with Image.open(path) as file:
         return file.convert("RGB")
 
+
 def box_of(theta, size):
     """The box (left, top, right, bottom), in pixels, that theta describes."""
     side, middle = theta[[0, 1], [0, 1]].abs(), theta[:, 2] + 1
     return torch.cat([middle - side, middle + side]) / 2 * torch.tensor(2 * size)
+
 
 def resized(image, box, size=32, flip=False):
     """The box of an image as Pillow resizes it: (3, size, size)."""
@@ -1216,6 +1238,7 @@ def resized(image, box, size=32, flip=False):
     image = image.resize((size, size), Image.Resampling.BICUBIC, box)
     image = ImageOps.mirror(image) if flip else image
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_theta_says_which_part_of_an_image_on_disk_is_shown(workers, tmp_path):
@@ -1248,6 +1271,7 @@ def test_theta_says_which_part_of_an_image_on_disk_is_shown(workers, tmp_path):
     mean = data.normalise(torch.tensor([124.0, 116, 104])[:, None, None])
     assert mean.abs().max() < 0.01
 
+
 def test_a_crop_is_of_the_nearest_whole_pixels_and_of_one_at_least(tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 9, 3), dtype=np.uint8))
     image.save(tmp_path / "a.png")
@@ -1265,6 +1289,7 @@ def test_a_crop_is_of_the_nearest_whole_pixels_and_of_one_at_least(tmp_path):
         assert (expected - pixels.permute(2, 0, 1)).abs().max() <= 2
         assert (theta[0, 0] < 0) == (drawn[0, 0] < 0)
 
+
 def test_a_large_jpeg_is_decoded_no_larger_than_its_crop_needs(tmp_path, monkeypatch):
     decoded, load_prepare, path = [], JpegImageFile.load_prepare, tmp_path / "a.jpg"
     picture(1000, 600).save(path)
@@ -1279,6 +1304,7 @@ def test_a_large_jpeg_is_decoded_no_larger_than_its_crop_needs(tmp_path, monkeyp
         expected = resized(whole, box_of(theta, whole.size), 64, theta[0, 0] < 0)
         assert (pixels.permute(2, 0, 1) - expected).abs().mean() < 3
     assert set(decoded) == {(1000, 600), (500, 300), (250, 150), (125, 75)}
+
 
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
     root = make_pictures(tmp_path / "images")
@@ -1295,6 +1321,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
             assert f"error: cannot decode {path} (" in line and words in line and "remove" in line
         wide.unlink(missing_ok=True)
         broken.write_bytes(broken.read_bytes()[:1000])
+
 
 @pytest.mark.parametrize("dataset", ["folder", "tiny-imagenet"])
 def test_folders_are_decoded_once_to_central_squares_with_the_labels_of_train(dataset, tmp_path):
@@ -1320,6 +1347,7 @@ def test_folders_are_decoded_once_to_central_squares_with_the_labels_of_train(da
     (tmp_path / "val").rename(tmp_path / "test")
     assert f"--data-path {tmp_path} does not have the layout" in error(tmp_path / "out", *flags)
 
+
 class Fake:
     """A download of torchvision: 40 images to train on, of which 17 have labels, and 4 to test."""
     base_folder, calls, targets = "fake", [], [i % 3 for i in range(40)]
@@ -1333,10 +1361,12 @@ class Fake:
             self.data = self.data.transpose(0, 3, 1, 2)
             self.labels = np.array([x if i < 17 else -1 for i, x in enumerate(self.targets)])
 
+
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "STL10"])
 def test_downloads_are_torchvisions_and_only_images_with_labels_are_probed(name, tmp_path,
                                                                           monkeypatch):
-    flags, n = ["--dataset", name.lower(), "--data-path", name.lower()], len(name) // 6 * 23 + 17
+    flags = ["--dataset", name.lower(), "--data-path", name.lower()]
+    n = 17 if name == "STL10" else 40
     with monkeypatch.context() as patch:
         patch.setattr(train_cifar, name, Fake)
         kinds = ["Pretraining", "LinearProbe", "FineTuning"]
@@ -1356,6 +1386,7 @@ def test_downloads_are_torchvisions_and_only_images_with_labels_are_probed(name,
     line = error(tmp_path / "out", *flags)
     assert f"--data-path {name.lower()} (no route to host)" in line and "connect to the" in line
 
+
 def test_neither_the_outline_nor_the_texture_of_a_shape_tells_its_class():
     images, labels = train_cifar.shapes(600, seed=3)
     assert images.shape == (600, 3, 32, 32) and labels.bincount().tolist() == 10 * [60]
@@ -1373,6 +1404,7 @@ def test_neither_the_outline_nor_the_texture_of_a_shape_tells_its_class():
         both = (outlines[c] > 0.8) & (outlines[:5] > 0.8)
         far = ((textures[c] - textures[:5]).abs() * both).sum(dim=(1, 2)) / both.sum(dim=(1, 2))
         assert far.argmin() == (c + 1) % 5               # has the texture of another class
+
 
 # ==== Runs that are stopped, and several processes ================================================
 
@@ -1400,28 +1432,31 @@ def test_a_run_that_a_signal_stops_ends_as_an_unbroken_one_once_resumed(
     for name in ["finetuned.pth"] if later else ["encoder.pth"]:
         assert_same(load(tmp_path / name), load(finished / name))
 
+
 LATER = "now = train_cifar.time.time; train_cifar.time.time = lambda: now() + 2"
 
-@pytest.mark.parametrize("code, ends", [
-    (SEND("SIGKILL"), [-9]), (f"{SEND('SIGTERM')}; {LATER}; {SEND('SIGTERM')}", [-15, 143])])
-def test_a_killed_run_ends_as_an_unbroken_one_once_resumed(code, ends, finished, tmp_path):
-    """SIGKILL kills, and so does a second SIGTERM."""
-    out = tmp_path / "out"
-    assert processes(tmp_path, [["--out-dir", out, "--save-every", 2]], (0, 13, code))[0][0] in ends
+
+def test_a_run_killed_by_a_second_signal_ends_as_an_unbroken_one_once_resumed(finished, tmp_path):
+    out, code = tmp_path / "out", f"{SEND('SIGTERM')}; {LATER}; {SEND('SIGTERM')}"
+    codes, _ = processes(tmp_path, [["--out-dir", out, "--save-every", 2]], (0, 13, code))
+    assert codes == [143]
     assert load(out / "checkpoint.pth")["run"]["step"] == 4
     (out / "log.csv").open("a").write("5,0.1")           # a row that the kill cut short
     run(out, "--resume", "--probe-every", 3, *NO_PROBE)
     assert_same(saved(out), saved(finished))
 
+
 def test_a_signal_to_one_process_stops_both_and_one_process_can_resume(finished, tmp_path):
     flags = ["--accum-steps", 1, "--probe-every", 3, "--out-dir", tmp_path / "out"]
-    codes, said = processes(tmp_path, [flags, flags], (1, 7, SEND("SIGTERM")))
+    twice = f"{SEND('SIGTERM')}; {SEND('SIGTERM')}"      # as torchrun and Slurm do
+    codes, said = processes(tmp_path, [flags, flags], (1, 7, twice))
     assert codes == [143, 143] and "stopped by SIGTERM after step 7 of pretraining" in said
     out = run(tmp_path / "out", "--resume", *NO_PROBE)
     one, other = saved(out), saved(finished)
     assert_close_models(one, other)
     assert_same(one["run"]["maps"].float(), other["run"]["maps"].float(), rtol=0, atol=1e-2)
     assert column(out, "loss") == pytest.approx(column(finished, "loss"), rel=1e-4)
+
 
 def test_two_processes_with_workers_do_what_one_process_does(tmp_path):
     disk = on_disk(make_pictures(tmp_path / "images"), "--epochs", 2, "--update-interval", 1,
@@ -1443,6 +1478,7 @@ def test_two_processes_with_workers_do_what_one_process_does(tmp_path):
     assert_same(a["model"], b["model"], rtol=1e-3, atol=1e-4)
     assert a["csv"][0]["test_accuracy"] == b["csv"][0]["test_accuracy"]
 
+
 def test_another_run_cannot_use_the_directory(tmp_path, monkeypatch):
     flags, seen = ["--out-dir", tmp_path / "out", *ONE_EPOCH], []
     at_call(monkeypatch, "Pretraining", 2,
@@ -1450,7 +1486,8 @@ def test_another_run_cannot_use_the_directory(tmp_path, monkeypatch):
     run(tmp_path / "out", *flags)
     assert seen[0] == [1] and f"error: another run is writing to {tmp_path / 'out'}" in seen[1]
     line = error(tmp_path / "out")
-    assert "belongs to an earlier run" in line and "--resume" in line
+    assert "has files of an earlier run" in line and "--resume" in line
+
 
 @pytest.mark.parametrize("call, action", [
     (10, lambda loss: loss * math.nan),
@@ -1460,11 +1497,12 @@ def test_another_run_cannot_use_the_directory(tmp_path, monkeypatch):
 def test_nothing_is_saved_that_is_not_finite(call, action, tmp_path, monkeypatch):
     at_call(monkeypatch, "Pretraining", call, action)
     line = error(tmp_path, "--save-every", 1)
-    assert "nan or infinite after step" in line and "lower learning rate" in line
+    assert "nan or infinite after step" in line and "a lower --blr" in line
     state = load(tmp_path / "checkpoint.pth")
     assert state["run"]["step"] == 4 and column(tmp_path, "epoch")[:2] == [1, 2]
     tensors = [*state["model"].values(), *load(tmp_path / "encoder.pth").values()]
     assert all(p.isfinite().all() for p in tensors)
+
 
 def test_a_checkpoint_that_is_damaged_is_refused(finished, tmp_path):
     whole, path = (finished / "checkpoint.pth").read_bytes(), tmp_path / "checkpoint.pth"
@@ -1478,6 +1516,7 @@ def test_a_checkpoint_that_is_damaged_is_refused(finished, tmp_path):
         before = path.read_bytes()
         assert "checkpoint.pth is damaged or not a checkpoint" in error(tmp_path, "--resume")
         assert path.read_bytes() == before
+
 
 def test_a_run_with_other_settings_or_images_is_refused(finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "out")
@@ -1498,6 +1537,7 @@ def test_a_run_with_other_settings_or_images_is_refused(finished, tmp_path):
     other.rename(image)
     run(disk, *on_disk(root.rename(tmp_path / "moved")), *ONE_EPOCH, "--resume")
 
+
 @pytest.mark.parametrize("flags", [["--probe-epochs", 1], [*NO_PROBE, "--finetune-epochs", 1]])
 def test_another_encoder_under_the_same_path_is_refused(flags, finished, tmp_path):
     path = shutil.copy(finished / "encoder.pth", tmp_path)
@@ -1510,6 +1550,7 @@ def test_another_encoder_under_the_same_path_is_refused(flags, finished, tmp_pat
     torch.save(encoder | {"norm.bias": encoder["norm.bias"] + 1e-3}, path)
     assert re.search(r"other settings: encoder \d+ \(now", error(out, *flags, path, "--resume"))
     run(out, *flags, finished / "encoder.pth", "--resume")
+
 
 def test_a_file_that_cannot_be_written_keeps_what_was_there(tmp_path, monkeypatch):
     def full(file):

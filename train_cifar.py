@@ -18,9 +18,10 @@ its random numbers. So a checkpoint stores no state of a data loader or of a ran
 resumed run ends with the same weights as an unbroken one.
 
 A run writes to --out-dir: checkpoint.pth, encoder.pth (the state dict of the encoder alone, with
-timm's names), log.csv (one row per epoch), attention.png (where [CLS] attended, for each update of
-the attention maps) and masking.png (what is masked and predicted). The probe and fine-tuning have
-their own checkpoint and log, and fine-tuning writes finetuned.pth.
+timm's names), log.csv (one row per epoch; position_share is the fraction of the variance of new
+attention maps that the position of a patch explains), attention.png (where [CLS] attended, for each
+update of the attention maps) and masking.png (what is masked and predicted). The probe and
+fine-tuning have their own checkpoint and log, and fine-tuning writes finetuned.pth.
 """
 import argparse
 import ctypes
@@ -158,6 +159,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", None, "use torch.compile", action="store_true")
     add("--benchmark", None, "only time a step: random masking against AMT", action="store_true")
 
+    # Some flags decide the defaults of others, so they are read first.
     first = parser.parse_known_args(argv)[0]
     parser.set_defaults(**DEFAULTS[first.dataset])
     if first.model == "vit_huge" and parser.get_default("patch_size") == 16:
@@ -185,7 +187,7 @@ def check(args, error):
         if type(value) is int and value < low:
             error(f"--{name.replace('_', '-')} {value} is not allowed: give {low} or more")
         if name.endswith("blr") and not 0 < value < 1e6:
-            error(f"--{name.replace('_', '-')} {value} is not allowed: give a number from 0 to 1e6")
+            error(f"--{name.replace('_', '-')} {value} is not allowed: give more than 0, below 1e6")
     if DEVICE.type == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
         error(f"there are more processes than GPUs: give torchrun --nproc_per_node "
               f"{torch.cuda.device_count()}")
@@ -197,6 +199,9 @@ def check(args, error):
     if args.masking in USE_MAPS and args.update_interval >= args.epochs > 1:
         error(f"--update-interval {args.update_interval} is not less than --epochs {args.epochs}: "
               f"there would be no attention maps")
+    if args.checkpoint and not args.probe_epochs and not args.finetune_epochs:
+        error(f"there is nothing to do with --checkpoint {args.checkpoint}: give --probe-epochs or "
+              f"--finetune-epochs")
     if args.benchmark and WORLD_SIZE > 1:
         error("--benchmark times one process: start it without torchrun")
     if args.probe_epochs and args.batch_size * WORLD_SIZE == 1:
@@ -205,10 +210,13 @@ def check(args, error):
         with torch.device("meta"):
             build_model(args)
         grid = args.img_size // args.patch_size
-        amt.expand_units(torch.zeros(1, 1).long(), grid, args.mask_unit)
+        if grid % args.mask_unit:
+            raise ValueError(f"--mask-unit {args.mask_unit} does not divide a side of {grid} "
+                             f"patches")
         ranking = torch.zeros(1, (grid // args.mask_unit) ** 2)
-        amt.mask_and_throw(ranking, *METHODS[args.method]["random"])
-        amt.mask_and_throw(ranking, args.mask_ratio, args.throw_ratio)
+        method = METHODS[args.method]
+        for ratios in [method["random"], *method["amt"], (args.mask_ratio, args.throw_ratio)]:
+            amt.mask_and_throw(ranking, *ratios)
     except ValueError as wrong:
         error(f"{wrong} (flags: --img-size, --patch-size, --decoder-embed-dim, --mask-unit, "
               f"--mask-ratio, --throw-ratio)")
@@ -264,18 +272,18 @@ def main(argv: list[str] | None = None):
 
 class Stage:
     """What `fit` trains: a model, an optimiser and a loss. A checkpoint holds the states of the
-    model and of the optimiser, and `run`. The names of a stage's files begin with `prefix`."""
+    model and of the optimiser, and `run`."""
     scale = (0.2, 1.0)                                   # area of the random crops
     augment = False                                      # RandAugment after the crop
     warmup = 0                                           # epochs
     encoder_checksum = None                              # of the pretrained encoder, if any
 
-    def __init__(self, args, data, name: str, prefix: str, model: nn.Module, optimizer,
-                 blr: float, epochs: int, n: int):
+    def __init__(self, args, data, name: str, model: nn.Module, optimizer, blr: float, epochs: int,
+                 n: int):
         self.args = args
         self.data = data
         self.name = name
-        self.prefix = prefix
+        self.prefix = "" if name == "pretraining" else f"{name}-"    # of its checkpoint and its log
         self.model = model
         self.optimizer = optimizer
         self.lr = blr * args.global_batch / 256
@@ -285,11 +293,15 @@ class Stage:
         loss = torch.zeros((), dtype=torch.float64, device=DEVICE)           # sum over this epoch
         self.run = {"step": 0, "loss": loss, "seconds": 0.0, "log": []}      # log: a row an epoch
 
-    def start_epoch(self, epoch: int):
-        pass
+    def loss(self, ids: Tensor, images: Tensor, theta: Tensor) -> Tensor:
+        """The loss, a scalar, of a mini-batch of `batches`."""
+        raise NotImplementedError
 
-    def end_epoch(self, epoch: int) -> dict[str, str]:
-        """Returns more columns for the log. `epoch` counts from 1."""
+    def start_epoch(self, done: int):
+        """Is called before each epoch. `done` epochs are finished."""
+
+    def end_epoch(self, done: int) -> dict[str, str]:
+        """Is called after each epoch, and returns more columns for the log."""
         return {}
 
 
@@ -297,18 +309,18 @@ class Pretraining(Stage):
     def __init__(self, args, data):
         torch.manual_seed(seed_of(args.seed))
         model = build_model(args).to(DEVICE)
-        super().__init__(args, data, "pretraining", "", model, build_optimizer(model), args.blr,
+        super().__init__(args, data, "pretraining", model, build_optimizer(model), args.blr,
                          args.epochs, len(data.train))
         self.parallel = wrap(args, model)
         self.scale = METHODS[args.method]["scale"]
         self.warmup = args.warmup_epochs
         self.run |= {"maps": None, "snapshots": [], "update_seconds": 0.0, "position_share": ""}
 
-    def start_epoch(self, epoch: int):
+    def start_epoch(self, done: int):
         """Updates the attention maps when it is time: the encoder looks at each whole image."""
         args, data, run, encoder = self.args, self.data, self.run, self.model.encoder
         run["update_seconds"], run["position_share"] = 0.0, ""
-        if args.masking not in USE_MAPS or epoch == 0 or epoch % args.update_interval:
+        if args.masking not in USE_MAPS or done == 0 or done % args.update_interval:
             return
         started = time.time()
         with precision(args):
@@ -316,7 +328,7 @@ class Pretraining(Stage):
                             for ids, images in data.whole("train", share(self.n)))
             maps = all_reduce(amt.dataset_maps(encoder, whole_images, self.n)).float()   # (n, h, w)
         run["position_share"] = f"{position_share(maps):.4f}"
-        torch.manual_seed(seed_of(args.seed, "shuffled", epoch))
+        torch.manual_seed(seed_of(args.seed, "shuffled", done))      # for --weights shuffled
         run["maps"] = reweight(maps, args.weights).half()
         shown = self.shown()
         run["snapshots"].append(amt.attention_maps(encoder, data.normalise(shown)))
@@ -324,28 +336,31 @@ class Pretraining(Stage):
         run["update_seconds"] = time.time() - started
 
     def loss(self, ids: Tensor, images: Tensor, theta: Tensor) -> Tensor:
-        """The loss, a scalar, of a mini-batch of `batches`."""
         maps = self.run["maps"]
         if maps is not None:
             maps = maps[ids]
         with precision(self.args):
             return amt.training_loss(self.parallel, self.data.normalise(images), theta, maps,
-                                     *self.masking())
+                                     **self.masking())
 
-    def masking(self) -> tuple:
-        """Mask ratio, throw ratio, unit and strategy. Masking is random before the first maps."""
+    def masking(self) -> dict:
+        """Arguments of `amt.training_loss`. Masking is random before the first maps."""
         args = self.args
+        ratios, strategy = (args.mask_ratio, args.throw_ratio), STRATEGIES[args.masking]
         if args.masking in USE_MAPS and self.run["maps"] is None:
-            return *METHODS[args.method]["random"], args.mask_unit, amt.random_ranking
-        return args.mask_ratio, args.throw_ratio, args.mask_unit, STRATEGIES[args.masking]
+            ratios, strategy = METHODS[args.method]["random"], amt.random_ranking
+        return dict(mask_ratio=ratios[0], throw_ratio=ratios[1], unit=args.mask_unit,
+                    strategy=strategy)
 
-    def end_epoch(self, epoch: int) -> dict[str, str]:
-        accuracy = ""
-        if self.args.probe_every and epoch % self.args.probe_every == 0:
-            save_checkpoint(self)                        # the probe may take minutes
-            accuracy = cached_probe(self.args, self.data, self.model.encoder)
+    def end_epoch(self, done: int) -> dict[str, str]:
+        probe_accuracy = ""
+        if self.args.probe_every and done % self.args.probe_every == 0:
+            # The probe may take minutes. If the run is killed now, the resumed run finds all steps
+            # of this epoch done and repeats the probe.
+            save_checkpoint(self)
+            probe_accuracy = cached_probe(self.args, self.data, self.model.encoder)
         return {"update_seconds": f"{self.run['update_seconds']:.2f}",
-                "position_share": self.run["position_share"], "probe_accuracy": accuracy}
+                "position_share": self.run["position_share"], "probe_accuracy": probe_accuracy}
 
     def shown(self) -> Tensor:
         """Eight test images, 0 to 255, for the pictures."""
@@ -392,18 +407,18 @@ def batches(stage: Stage, step: int):
 
     A step has WORLD_SIZE * accum_steps parts of B images, and each process takes accum_steps of
     them. The random generator is seeded anew for each part, before its crops, ranking and drop path
-    are drawn. So any process can compute any part.
+    are drawn. So any process can compute any part, and a run may resume on another number of them.
     """
     args = stage.args
     epoch, first = divmod(step, stage.steps)
     torch.manual_seed(seed_of(args.seed, stage.name, epoch))
     order = torch.randperm(stage.n)[: stage.steps * args.global_batch]
-    order = order.view(stage.steps, WORLD_SIZE, -1)
+    order = order.view(stage.steps, WORLD_SIZE, -1)      # (steps, processes, accum_steps * B)
     ids = order[first:, RANK].flatten()
     crops = stage.data.crops(ids, stage.scale, stage.augment, (args.seed, stage.name, epoch))
-    for number in range(step, (epoch + 1) * stage.steps):
+    for i in range(step, (epoch + 1) * stage.steps):
         for part in range(RANK * args.accum_steps, (RANK + 1) * args.accum_steps):
-            torch.manual_seed(seed_of(args.seed, stage.name, number, part))
+            torch.manual_seed(seed_of(args.seed, stage.name, i, part))
             yield next(crops)
 
 
@@ -427,13 +442,14 @@ def fit(stage: Stage):
             run["seconds"] = time.time() - began
             progress(f"{stage.name}: epoch {epoch + 1} of {stage.epochs}, step "
                      f"{step % stage.steps + 1} of {stage.steps}")
-            number = all_reduce(torch.tensor(max(SIGNALS, default=0)), dist.ReduceOp.MAX).item()
-            if number:
+            # The number of a signal that came to any process, or 0.
+            stop = all_reduce(torch.tensor(max(SIGNALS, default=0)), dist.ReduceOp.MAX).item()
+            if stop:
                 save_checkpoint(stage)
                 mini_batches.close()                     # ends the processes that decode images
-                say(f"stopped by {signal.Signals(number).name} after step {step + 1} of "
+                say(f"stopped by {signal.Signals(stop).name} after step {step + 1} of "
                     f"{stage.name}: the same command with --resume continues")
-                sys.exit(128 + number)
+                sys.exit(128 + stop)
         mini_batches.close()
         check_finite(stage, run["loss"])                 # waits for the GPU
         run["seconds"] = time.time() - began
@@ -492,7 +508,7 @@ def check_finite(stage: Stage, x: Tensor):
     if not x.isfinite().all():
         sys.exit(f"error: the loss or a weight is nan or infinite after step {stage.run['step']} "
                  f"of {stage.name}. The last checkpoint is unharmed. Start again in another "
-                 f"--out-dir with --precision fp32 or a lower learning rate than {stage.lr:.3g}")
+                 f"--out-dir with --precision fp32 or a lower --{stage.prefix}blr")
 
 
 def build_optimizer(model: nn.Module, beta2: float = 0.95, lr_scale=lambda name: 1.0):
@@ -548,11 +564,11 @@ class LinearProbe(Stage):
         nn.init.trunc_normal_(head[1].weight, std=0.01)
         nn.init.zeros_(head[1].bias)
         optimizer = torch.optim.SGD(head.parameters(), lr=0.0, momentum=0.9)
-        super().__init__(args, data, "probe", "probe-", head, optimizer, args.probe_blr,
-                         args.probe_epochs, len(data.train_labels))
+        super().__init__(args, data, "probe", head, optimizer, args.probe_blr, args.probe_epochs,
+                         len(data.train_labels))
         self.parallel = head
         self.encoder = encoder
-        self.encoder_checksum = checksum(encoder)
+        self.encoder_checksum = checksum(*encoder.state_dict().values())
 
     def logits(self, images: Tensor) -> Tensor:
         return self.model(features(self.args, self.data, self.encoder, images))
@@ -561,15 +577,15 @@ class LinearProbe(Stage):
         # Each process encodes its own images. Then the processes exchange the features, and each
         # trains the same head on all of them. So the head needs no DDP.
         x = features(self.args, self.data, self.encoder, images)
-        all_features = torch.zeros(WORLD_SIZE, *x.shape, device=DEVICE)
+        all_x = torch.zeros(WORLD_SIZE, *x.shape, device=DEVICE)
         all_labels = torch.zeros(WORLD_SIZE, len(ids), dtype=torch.int64, device=DEVICE)
-        all_features[RANK] = x
+        all_x[RANK] = x
         all_labels[RANK] = self.data.train_labels[ids]
-        logits = self.model(all_reduce(all_features).flatten(0, 1))
+        logits = self.model(all_reduce(all_x).flatten(0, 1))
         return F.cross_entropy(logits, all_reduce(all_labels).flatten())
 
-    def end_epoch(self, epoch: int) -> dict[str, str]:
-        if epoch < self.epochs:
+    def end_epoch(self, done: int) -> dict[str, str]:
+        if done < self.epochs:
             return {"test_accuracy": "", "cached_accuracy": ""}
         return {"test_accuracy": accuracy(self),
                 "cached_accuracy": cached_probe(self.args, self.data, self.encoder)}
@@ -586,9 +602,9 @@ def features(args, data, encoder: amt.ViT, images: Tensor) -> Tensor:
 def cached_probe(args, data, encoder: amt.ViT) -> str:
     """The test accuracy, in percent, of a linear layer on [CLS] of whole images, standardised.
 
-    There is no augmentation, so each image goes through the encoder once. The layer is trained on
-    nine tenths of the training images until the loss of the last tenth has not improved in three
-    rounds of L-BFGS.
+    There is no augmentation, so each image goes through the encoder once. A random tenth of the
+    training images is held out. The layer is trained on the others until the loss of the held-out
+    ones has not improved in three rounds of L-BFGS.
     """
     def all_features(split: str, n: int) -> Tensor:
         x = torch.zeros(n, encoder.embed_dim, device=DEVICE)
@@ -638,7 +654,7 @@ class Classifier(nn.Module):
 
 
 class FineTuning(Stage):
-    """The encoder and a linear layer on [CLS], with the recipe of He et al., 2022. An untrained
+    """The encoder and a linear layer on [CLS], after the recipe of He et al., 2022. An untrained
     encoder (--checkpoint none) has no layer-wise learning-rate decay."""
 
     def __init__(self, args, data, pretrained: amt.ViT):
@@ -657,11 +673,10 @@ class FineTuning(Stage):
             below = name.startswith(("encoder.cls_token", "encoder.patch_embed"))
             return decay ** (depth + 1) if below else 1.0
 
-        super().__init__(args, data, "finetune", "finetune-", model,
-                         build_optimizer(model, 0.999, lr_scale), args.finetune_blr,
-                         args.finetune_epochs, len(data.train_labels))
+        super().__init__(args, data, "finetune", model, build_optimizer(model, 0.999, lr_scale),
+                         args.finetune_blr, args.finetune_epochs, len(data.train_labels))
         self.parallel = wrap(args, model)
-        self.encoder_checksum = checksum(pretrained)
+        self.encoder_checksum = checksum(*pretrained.state_dict().values())
         self.warmup = self.epochs // 20
         self.augment = args.finetune_randaugment
         self.mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=data.classes),
@@ -677,20 +692,20 @@ class FineTuning(Stage):
             logits = self.parallel(images).float()
         return F.cross_entropy(logits, labels, label_smoothing=0.1)
 
-    def end_epoch(self, epoch: int) -> dict[str, str]:
+    def end_epoch(self, done: int) -> dict[str, str]:
         return {"test_accuracy": accuracy(self)}
 
 
 def add_drop_path(encoder: amt.ViT, rate: float):
     """In training, the attention and the MLP of a block are skipped for some images (stochastic
     depth). The probability rises linearly from 0 in the first block to `rate` in the last one."""
-    def skip(p: float):
-        return lambda module, _, x: stochastic_depth(x, p, "row", module.training)
-
     depth = len(encoder.blocks)
     for i, block in enumerate(encoder.blocks):
-        for branch in (block.attn, block.mlp):
-            branch.register_forward_hook(skip(rate * i / max(depth - 1, 1)))
+        def skip(module, inputs, output, p=rate * i / max(depth - 1, 1)):
+            return stochastic_depth(output, p, "row", module.training)
+
+        block.attn.register_forward_hook(skip)
+        block.mlp.register_forward_hook(skip)
 
 
 @torch.no_grad()
@@ -703,11 +718,10 @@ def accuracy(stage: LinearProbe | FineTuning) -> str:
     return f"{100 * all_reduce(right).item() / len(stage.data.test):.2f}"
 
 
-def checksum(module: nn.Module) -> int:
-    """A checksum of a module's weights."""
+def checksum(*tensors: Tensor) -> int:
     crc = 0
-    for p in module.state_dict().values():
-        crc = zlib.crc32(p.cpu().numpy(), crc)
+    for x in tensors:
+        crc = zlib.crc32(x.cpu().contiguous().numpy(), crc)
     return crc
 
 
@@ -721,17 +735,19 @@ def load_encoder(args) -> amt.ViT:
     try:
         saved = load_file(args.checkpoint)
         saved = saved.get("model", saved.get("state_dict", saved))
-        saved = {name.removeprefix("module.").removeprefix("encoder."): p
-                 for name, p in saved.items()}
-        saved = {name: p for name, p in saved.items()
-                 if not name.startswith(("decoder", "mask_token", "head."))}
-        cls, grid = saved["pos_embed"].tensor_split([1], dim=1)
+        state = {}
+        for name, p in saved.items():
+            name = name.removeprefix("module.").removeprefix("encoder.")
+            if not name.startswith(("decoder", "mask_token", "head.")):
+                state[name] = p
+        cls, grid = state["pos_embed"].tensor_split([1], dim=1)
         if grid.shape[1] != encoder.grid_size ** 2:
             h = amt.square_side(grid.shape[1])
             grid = grid.unflatten(1, (h, h)).permute(0, 3, 1, 2).float()     # (1, D, h, w)
             grid = F.interpolate(grid, size=encoder.grid_size, mode="bicubic", antialias=True)
             grid = grid.flatten(2).transpose(1, 2)                           # (1, N, D)
-        encoder.load_state_dict({**saved, "pos_embed": torch.cat([cls, grid], dim=1)})
+        state["pos_embed"] = torch.cat([cls, grid], dim=1)
+        encoder.load_state_dict(state)
     except Exception as error:                           # torch.load raises many types
         sys.exit(f"error: --checkpoint {args.checkpoint} does not load as a ViT of --model "
                  f"{args.model}, --patch-size {args.patch_size} and {len(encoder.blocks)} blocks: "
@@ -747,9 +763,7 @@ class Images:
 
     def __init__(self, args, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]):
         self.args = args
-        self.fingerprint = 0
-        for x in (*train, *test):
-            self.fingerprint = zlib.crc32(x.contiguous().numpy(), self.fingerprint)
+        self.fingerprint = checksum(*train, *test)
         size = [args.img_size, args.img_size]
         self.train, self.test = (v2.functional.resize(images, size).to(DEVICE).contiguous()
                                  for images, _ in (train, test))
@@ -900,7 +914,7 @@ class Files:
                 part, pixels, theta = (x.to(DEVICE, non_blocking=True) for x in batch)
                 yield part, pixels.permute(0, 3, 1, 2).float(), theta
                 if not isinstance(view, tuple):          # training prints its own progress
-                    progress(f"read {i * self.args.batch_size} of {len(ids)} images")
+                    progress(f"read {(i + 1) * self.args.batch_size} of {len(ids)} images")
         except ValueError as error:                      # a worker's own message is the last line
             failure = str(error).splitlines()[-1].removeprefix("ValueError: ")
             error.with_traceback(None)                   # the traceback keeps the workers alive
@@ -959,35 +973,43 @@ class Decoder(Dataset):
     def show(self, image: Image.Image, i: int) -> tuple[Tensor, Tensor]:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"mode {image.mode} has more than 8 bits a channel: convert it")
-        W, H = image.size
-        if isinstance(self.view, tuple):
-            g = torch.Generator().manual_seed(seed_of(self.key, i))
-            theta = amt.random_crops(1, self.view, generator=g, image_ratio=W / H)[0]
-            (width, _, x), (_, height, y) = theta.tolist()
-        elif self.view == "whole":
-            width, height, x, y = 1, 1, 0, 0
-        else:
-            side = self.view * min(W, H)
-            width, height, x, y = side / W, side / H, 0, 0
-        flip = width < 0
-        width = abs(width)
+        width, height, x, y, flip = self.area(image, i)
+
         # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop still has enough pixels.
         size = self.img_size
-        reduced = max(size / (W * width), size / (H * height))
-        image.draft(None, tuple(math.ceil(reduced * pixels) for pixels in image.size))
+        W, H = image.size
+        shrink = max(size / (W * width), size / (H * height))
+        image.draft(None, (math.ceil(shrink * W), math.ceil(shrink * H)))
         if image.mode != "RGB":
             image = image.convert("RGB")
-        W, H = image.size                                # the crop gets whole pixels, at least one
+
+        # The crop is rounded to whole pixels, at least one, and theta is that of the rounded crop.
+        W, H = image.size                                # draft has changed it
         left = min(round((x - width + 1) / 2 * W), W - 1)
         top = min(round((y - height + 1) / 2 * H), H - 1)
         right = max(round((x + width + 1) / 2 * W), left + 1)
         bottom = max(round((y + height + 1) / 2 * H), top + 1)
         theta = torch.tensor([[(right - left) / W * (-1 if flip else 1), 0, (left + right) / W - 1],
                               [0, (bottom - top) / H, (top + bottom) / H - 1]])
+
         pixels = torch.from_numpy(np.array(image.crop((left, top, right, bottom))))
         pixels = v2.functional.resize(pixels.permute(2, 0, 1), [size, size],
                                       v2.InterpolationMode.BICUBIC)          # antialiased
         return pixels.flip(2) if flip else pixels, theta
+
+    def area(self, image: Image.Image, i: int) -> tuple[float, float, float, float, bool]:
+        """Width and height of the view as fractions of the image, its centre (x, y) in [-1, 1], and
+        whether it is flipped."""
+        W, H = image.size
+        if self.view == "whole":
+            return 1, 1, 0, 0, False
+        if isinstance(self.view, tuple):
+            g = torch.Generator().manual_seed(seed_of(self.key, i))
+            theta = amt.random_crops(1, self.view, generator=g, image_ratio=W / H)[0]
+            (width, _, x), (_, height, y) = theta.tolist()
+            return abs(width), height, x, y, width < 0
+        side = self.view * min(W, H)
+        return side / W, side / H, 0, 0, False
 
 
 # ==== Checkpoints =================================================================================
@@ -1023,7 +1045,7 @@ def load_file(path: Path | str) -> dict:
 
 def settings(stage: Stage) -> dict:
     """What a resumed run must share with its checkpoint: flags, images, and the encoder that a
-    probe or a fine-tuning starts from. The flags of the stages after it may change."""
+    probe or a fine-tuning starts from. The flags of the other stages may change."""
     free = ["data_path", "out_dir", "resume", "save_every", "workers", "accum_steps", "checkpoint",
             "probe_every", "compile", "benchmark"]
     flags = {name: value for name, value in vars(stage.args).items() if name not in free
@@ -1096,10 +1118,10 @@ def open_out_dir(args):
     """Makes --out-dir and returns an open lock file: while it is open, no second run starts."""
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
-        for path in args.out_dir.glob("*.pth"):
-            if not args.resume:
-                sys.exit(f"error: {path} belongs to an earlier run: continue it with --resume, or "
-                         f"give another --out-dir")
+        old = [path.name for path in args.out_dir.glob("*.pth")]
+        if old and not args.resume:
+            sys.exit(f"error: --out-dir {args.out_dir} has files of an earlier run ({old[0]}): "
+                     f"continue it with --resume, or give another --out-dir")
         lock = open(args.out_dir / ".lock", "w")
         if RANK == 0:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1181,16 +1203,18 @@ def save_masking(stage: Pretraining):
     """masking.png: test images, attention, masked (grey) and thrown (black) patches, predictions.
 
     MAE predicts normalised patches. They are shown with the mean and contrast of the true patch.
-    MaskFeat predicts no pixels, so it has no row of predictions.
+    MaskFeat predicts no pixels, so it has no row of predictions. Here --weights shuffled and
+    debiased know only the maps of these eight images.
     """
     args, data, model, p = stage.args, stage.data, stage.model, stage.args.patch_size
-    shown = stage.shown() / 255
-    images = data.normalise(255 * shown)
+    pixels = stage.shown()
+    shown, images = pixels / 255, data.normalise(pixels)
     maps = amt.attention_maps(model.encoder, images)
     torch.manual_seed(seed_of(args.seed))
-    mask_ratio, throw_ratio, unit, strategy = stage.masking()
+    masking = stage.masking()
+    strategy, unit = masking.pop("strategy"), masking["unit"]
     ranking = strategy(amt.patchify(reweight(maps, args.weights)[:, None], unit).sum(dim=2))
-    masked, thrown, visible = amt.mask_and_throw(ranking, mask_ratio, throw_ratio, unit)
+    masked, thrown, visible = amt.mask_and_throw(ranking, **masking)
     model.eval()
     _, pred = model(images, visible=visible, masked=masked)
     if args.method == "mae":

@@ -2,6 +2,7 @@
 
     python docs/figures.py method out-shapes     # docs/method.png, from the checkpoint of a run
     python docs/figures.py paired                # docs/paired.png and its table, from docs/logs
+    python docs/figures.py curve                 # docs/curve.png, from docs/logs
     python docs/figures.py attention out-0 out-1 DATA_PATH     # docs/attention.png, of two seeds
     python docs/figures.py objects out-shapes ...     # attention on the objects of shapes
 """
@@ -111,11 +112,15 @@ def method(out_dir: str):
     figure.savefig(DOCS / "method.png", bbox_inches="tight")
 
 
+def read_log(name: str) -> list[dict]:
+    with open(DOCS / "logs" / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def paired():
     """A dot for each seed: the difference of the linear probe between two runs of that seed. Prints
     the differences with their standard errors and the p of a paired t-test, as Markdown."""
-    with open(DOCS / "logs" / "cifar10-16-epochs.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_log("cifar10-16-epochs.csv")
 
     def probe(run):
         return {row["seed"]: float(row["probe_accuracy"]) for row in rows if row["run"] == run}
@@ -150,6 +155,28 @@ def p_value(t: float, df: int) -> float:
     scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
     density = scale * (1 + x ** 2 / df) ** (-(df + 1) / 2)
     return 1 - 2 * torch.trapezoid(density, x).item()
+
+
+def curve():
+    """The linear probe and the share of position over 60 epochs: a line for each run."""
+    rows = read_log("cifar10-60-epochs.csv")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    panels = [("probe_accuracy", 1, "linear probe, %"),
+              ("position_share", 100, "share of variance that\nposition explains, %")]
+    runs = [("own", MASKED, "AMT"), ("uniform", VISIBLE, "throwing at random"),
+            ("random", THROWN, "random masking")]
+    for ax, (column, scale, name) in zip(axes, panels):
+        for run, colour, label in runs:
+            for seed, style in [("0", "-"), ("1", "--")]:
+                points = [(int(row["epoch"]), scale * float(row[column])) for row in rows
+                          if (row["run"], row["seed"]) == (run, seed) and row[column]]
+                if points:
+                    ax.plot(*zip(*points), style, marker="o", markersize=4, color=colour,
+                            label=f"{label}, seed {seed}")
+        ax.set(xlabel="epoch", ylabel=name)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(DOCS / "curve.png", bbox_inches="tight")
 
 
 def attention(out_dir_a: str, out_dir_b: str, data_path: str = "data"):
@@ -195,7 +222,8 @@ def objects(*out_dirs: str):
 
 
 if __name__ == "__main__":
-    commands = {"method": method, "paired": paired, "attention": attention, "objects": objects}
+    commands = {"method": method, "paired": paired, "curve": curve, "attention": attention,
+                "objects": objects}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])
