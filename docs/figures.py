@@ -172,8 +172,8 @@ def curve():
                           if (row["run"], row["seed"]) == (run, seed) and row[column]]
                 if points:
                     ax.plot(*zip(*points), style, marker="o", markersize=4, color=colour,
-                            label=f"{label}, seed {seed}")
-        ax.set(xlabel="epoch", ylabel=name)
+                            label=label if seed == "0" else None)
+        ax.set(xlabel="epoch (solid: seed 0, dashed: seed 1)", ylabel=name)
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(DOCS / "curve.png", bbox_inches="tight")
