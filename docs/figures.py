@@ -22,6 +22,8 @@ import amt
 import train_cifar
 
 MASKED, THROWN, VISIBLE = "#d1495b", "#8a8f98", "#2e7d5b"
+NAMES = {"own": "AMT", "uniform": "throwing\nat random", "random": "random\nmasking",
+         "shuffled": "another\nimage's map", "debiased": "debiased\nmap"}
 plt.rcParams.update({"font.size": 10, "figure.facecolor": "white", "savefig.dpi": 130})
 
 
@@ -125,9 +127,9 @@ def paired():
     def probe(run):
         return {row["seed"]: float(row["probe_accuracy"]) for row in rows if row["run"] == run}
 
-    pairs = [("own", "uniform"), ("own", "shuffled"), ("debiased", "uniform"), ("own", "random"),
-             ("uniform", "random")]
-    figure, axes = plt.subplots(figsize=(8, 3.2))
+    pairs = [("own", "uniform"), ("own", "shuffled"), ("own", "debiased"), ("own", "random"),
+             ("debiased", "uniform"), ("uniform", "random")]
+    figure, axes = plt.subplots(figsize=(9, 3.4))
     for place, (run, control) in enumerate(pairs):
         a, b = probe(run), probe(control)
         seeds = sorted(a.keys() & b.keys())
@@ -137,15 +139,16 @@ def paired():
         p = p_value(mean / error, n - 1)
         print(f"| {run} - {control} | {n} | {mean:+.2f} | {error:.2f} | {p:.3f} |")
         axes.errorbar(place + 0.22, mean, error, fmt="_", color="black", capsize=4, markersize=14)
-        axes.text(place + 0.28, mean, f"{mean:+.2f}\n\u00b1 {error:.2f}", va="center", size=8)
+        label = f"{mean:+.2f}\n\u00b1 {error:.2f}"
+        axes.text(place + 0.28, mean + 0.05, label, va="bottom", size=8)
         for seed, difference in zip(seeds, differences.tolist()):
             x = place - 0.15 + 0.07 * int(seed)
             axes.plot(x, difference, "o", color=MASKED, alpha=0.8)
             axes.annotate(seed, (x, difference), (0, 5), textcoords="offset points",
                           ha="center", size=7)
     axes.axhline(0, color="grey", linewidth=1)
-    axes.set(xlim=(-0.4, len(pairs) - 0.3), ylabel="points of linear probe, a dot for each seed")
-    axes.set_xticks(range(len(pairs)), [f"{run}\nminus {control}" for run, control in pairs])
+    axes.set(xlim=(-0.4, len(pairs) - 0.3), ylim=(-2.7, 2), ylabel="points of linear probe")
+    axes.set_xticks(range(len(pairs)), [f"{NAMES[a]}\nminus\n{NAMES[b]}" for a, b in pairs], size=8)
     figure.savefig(DOCS / "paired.png", bbox_inches="tight")
 
 
@@ -163,16 +166,15 @@ def curve():
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     panels = [("probe_accuracy", 1, "linear probe, %"),
               ("position_share", 100, "share of variance that\nposition explains, %")]
-    runs = [("own", MASKED, "AMT"), ("uniform", VISIBLE, "throwing at random"),
-            ("random", THROWN, "random masking")]
+    runs = [("own", MASKED), ("uniform", VISIBLE), ("random", THROWN)]
     for ax, (column, scale, name) in zip(axes, panels):
-        for run, colour, label in runs:
+        for run, colour in runs:
             for seed, style in [("0", "-"), ("1", "--")]:
                 points = [(int(row["epoch"]), scale * float(row[column])) for row in rows
                           if (row["run"], row["seed"]) == (run, seed) and row[column]]
                 if points:
                     ax.plot(*zip(*points), style, marker="o", markersize=4, color=colour,
-                            label=label if seed == "0" else None)
+                            label=NAMES[run].replace("\n", " ") if seed == "0" else None)
         ax.set(xlabel="epoch (solid: seed 0, dashed: seed 1)", ylabel=name)
     axes[0].legend(fontsize=8)
     figure.tight_layout()
