@@ -163,10 +163,11 @@ def p_value(t: float, df: int) -> float:
 def curve():
     """The linear probe and the share of position over 60 epochs: a line for each run."""
     rows = read_log("cifar10-60-epochs.csv")
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     panels = [("probe_accuracy", 1, "linear probe, %"),
               ("position_share", 100, "share of variance that\nposition explains, %")]
-    runs = [("own", MASKED), ("uniform", VISIBLE), ("random", THROWN)]
+    runs = [("own", MASKED), ("uniform", VISIBLE), ("random", THROWN), ("debiased", "#2b6cb0"),
+            ("shuffled", "#dd9a2b")]
     for ax, (column, scale, name) in zip(axes, panels):
         for run, colour in runs:
             for seed, style in [("0", "-"), ("1", "--")]:
