@@ -166,8 +166,7 @@ def curve():
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     panels = [("probe_accuracy", 1, "linear probe, %"),
               ("position_share", 100, "share of variance that\nposition explains, %")]
-    runs = [("own", MASKED), ("uniform", VISIBLE), ("random", THROWN), ("debiased", "#2b6cb0"),
-            ("shuffled", "#dd9a2b")]
+    runs = [("own", MASKED), ("uniform", VISIBLE), ("random", THROWN), ("debiased", "#2b6cb0")]
     for ax, (column, scale, name) in zip(axes, panels):
         for run, colour in runs:
             for seed, style in [("0", "-"), ("1", "--")]:
