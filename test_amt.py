@@ -1,5 +1,7 @@
 """Tests of amt.py and train_cifar.py. Run them with: python -m pytest -q"""
 import argparse
+import ast
+import copy
 import csv
 import errno
 import itertools
@@ -10,6 +12,8 @@ import re
 import shutil
 import signal
 import socket
+import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -19,24 +23,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.transforms import v2
 
 import amt
 import train_cifar
 
 torch.set_num_threads(1)                                 # as in the processes that tests start
 
+STRATEGIES = {f.__name__: f for f in (amt.sample_patches, amt.random_ranking, amt.highest_first,
+                                      amt.lowest_first, amt.block_wise, amt.grid_wise)}
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
-
 def random_images(n, size=16, seed=0):
     return torch.randn(n, 3, size, size, generator=rng(seed))
-
 
 def unsettle(module):
     """Moves each parameter away from values, as 0 and 1, at which leaving it out would not show."""
@@ -46,74 +50,115 @@ def unsettle(module):
             p.data += 0.1 * torch.randn(p.shape, generator=generator)
     return module
 
-
 def tiny_vit(**kwargs):
     sizes = dict(img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=2)
     torch.manual_seed(0)
     return unsettle(amt.ViT(**{**sizes, **kwargs}))
 
-
 def tiny_mae(**kwargs):
     return unsettle(amt.MAE(tiny_vit(), 16, decoder_depth=2, decoder_num_heads=2, **kwargs))
-
 
 def tiny_simmim(target="pixels"):
     return unsettle(amt.SimMIM(tiny_vit(), target))
 
-
 MODELS = {"mae": tiny_mae, "mae with norm_pix_loss": lambda: tiny_mae(norm_pix_loss=True),
           "simmim": tiny_simmim, "maskfeat": lambda: tiny_simmim("hog")}
-
 
 def split(n, n_thrown=6):
     """Random sets `masked, thrown, visible` of 16 patches, in random order, for n images."""
     ranking = torch.rand(n, 16, generator=rng(1)).argsort(dim=1)
     return ranking.split([5, n_thrown, 11 - n_thrown], dim=1)
 
-
-def vit_with_attention(attention):
-    vit = tiny_vit()
-    vit.cls_attention = lambda images: attention
-    return vit
-
+def maps_of(attention, H=16, W=16):
+    return amt.attention_maps(lambda images: attention, torch.zeros(len(attention), 3, H, W))
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: amt.patchify(torch.zeros(1, 3, 12, 10), 4), "12x10 pixels.*4x4"),
-    (lambda: amt.patchify(torch.zeros(1, 3, 10, 12), 4), "10x12 pixels.*4x4"),
-    (lambda: amt.unpatchify(torch.zeros(1, 5, 48), 4), "N = 5 patches.*square"),
-    (lambda: amt.sincos_pos_embed(10, 4), "width 10 .*multiple of 4"),
-    (lambda: tiny_vit(patch_size=5), "size 5.*16"), (lambda: tiny_vit(num_heads=5), "heads 5.*24"),
-    (lambda: tiny_vit()(torch.zeros(2, 3, 16, 8)), r"\(2, 3, 16, 8\).*\(B, 3, 16, 16\)"),
-    (lambda: amt.attention_maps(vit_with_attention(torch.ones(1, 2, 17)), None), "N = 17.*square"),
-    *((lambda value=value: amt.attention_maps(vit_with_attention(torch.full((1, 2, 4), value)),
-                                              None), "not finite")
-      for value in (math.nan, math.inf)),
-    (lambda: amt.dataset_maps(tiny_vit(), [], 4), "no images"),
-    *((lambda value=value: amt.sample_patches(torch.tensor([[1.0], [value]])), "negative, inf")
-      for value in (-0.1, math.nan, math.inf)),
-    (lambda: amt.mask_and_throw(torch.zeros(1, 64), 1.0), "N = 64 .*mask_ratio 1.0 .*less than 1"),
-    (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.5, -0.1), "throw_ratio -0.1.*at least 0"),
+    (lambda: amt.patchify(torch.zeros(1, 3, 12, 10), 4), "4 must divide both sides of 12x10"),
+    (lambda: amt.patchify(torch.zeros(1, 3, 10, 12), 4), "4 must divide both sides of 10x12"),
+    (lambda: amt.unpatchify(torch.zeros(1, 5, 48), 4), "5 patches.*square"),
+    (lambda: amt.sincos_pos_embed(10, 4), r"embed_dim \(10\) .*multiple of 4"),
+    (lambda: tiny_vit(patch_size=5), r"patch_size \(5\) must divide img_size \(16\)"),
+    (lambda: tiny_vit(num_heads=5), r"num_heads \(5\) must divide the width \(24\)"),
+    (lambda: tiny_vit()(torch.zeros(2, 3, 16, 8)), r"\(B, 3, 16, 16\), got \(2, 3, 16, 8\)"),
+    (lambda: tiny_vit(in_chans=1)(torch.zeros(2, 3, 16, 16)), r"\(B, 1, 16, 16\)"),
+    (lambda: maps_of(torch.ones(1, 2, 17)), r"N = 17 .*16x16.*\[CLS\]"),
+    (lambda: maps_of(torch.ones(1, 2, 16), 8, 32 * 3), "N = 16 .*8x96"),
+    (lambda: maps_of(torch.ones(1, 2, 6), 32, 48 + 1), "N = 6 .*32x49"),
+    (lambda: maps_of(torch.ones(1, 16)), r"\(B, heads, N\), got \(1, 16\)"),
+    *((lambda value=value: maps_of(torch.full((1, 2, 4), value)), "finite, nonnegative")
+      for value in (math.nan, math.inf, -1.0)),
+    (lambda: amt.dataset_maps(tiny_vit(), [], 4), "batches is empty"),
+    *((lambda batch=batch: amt.dataset_maps(tiny_vit(), [batch], 4), "yield .ids, images")
+      for batch in ((random_images(2), torch.zeros(2)), random_images(2),
+                    (torch.arange(3), random_images(2)), ([0, 1], random_images(2)))),
+    (lambda: amt.crop(torch.zeros(1, 3, 8, 8).byte(), torch.eye(2, 3)[None], 8, "bicubic"),
+     "floating point, got torch.uint8"),
+    (lambda: amt.crop_weights(torch.ones(1, 1, 4, 4), torch.eye(2, 3)[None], 16, 4),
+     r"\(B, h, w\), got \(1, 1, 4, 4\)"),
+    (lambda: amt.sample_patches(torch.ones(1, 4, 4)), r"\(B, N\), got \(1, 4, 4\)"),
+    (lambda: amt.mask_and_throw(torch.zeros(1, 64), 1.0), r"mask_ratio 1.0 .*\[0, 1\)"),
+    (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.5, -0.1), r"throw_ratio -0.1 .*\[0, 1\)"),
     *((lambda value=value: amt.mask_and_throw(torch.zeros(1, 64), value), f"mask_ratio {value}")
       for value in (math.nan, math.inf)),
-    (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.6, 0.4), "38 masked, 26 thrown, 0 visible"),
-    (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.001), "0 masked, 0 thrown, 64 visible"),
-    (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.4, unit=0), "0x0 patches"),
-    (lambda: amt.mask_and_throw(torch.zeros(1, 8), 0.5, unit=2), "N = 8 patches.*square"),
-    (lambda: amt.expand_units(torch.zeros(1, 4).long(), 8, 3), "3x3 patches.*grid of 8x8"),
+    (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.6, 0.4), "38 of 64 masked and 0 visible"),
+    (lambda: amt.mask_and_throw(torch.zeros(1, 64), 0.001), "0 of 64 masked and 64 visible"),
+    (lambda: amt.mask_and_throw(torch.zeros(1, 4), 0.5, unit=0), "must divide"),
+    (lambda: amt.mask_and_throw(torch.zeros(1, 8), 0.5, unit=2), "8 patches.*square"),
     (lambda: tiny_mae()(random_images(2), *split(2)[:2]), "positional argument"),
     (lambda: tiny_simmim()(random_images(2), *split(2)[:2]), "positional argument"),
-    (lambda: amt.hog(torch.zeros(1, 3, 10, 10), 5), "patch size 5 with images of 10x10.*even"),
+    (lambda: amt.hog(torch.zeros(1, 3, 10, 10), 5), "patch size 5 must be even"),
     (lambda: tiny_simmim("edges"), '"edges".*"pixels" or "hog"'),
-    (lambda: amt.training_loss(tiny_mae(), random_images(2), amt.random_crops(2),
-                               torch.ones(2, 4, 4), unit=3), "16x16.*12x12"),
-    (lambda: amt.training_loss(tiny_mae(), random_images(2), None, None, unit=3), "16x16.*12x12"),
-    (lambda: amt.grid_wise(torch.rand(1, 17)), "N = 17 patches.*square.*extra tokens"),
-    (lambda: amt.block_wise(torch.rand(1, 17)), "N = 17 patches.*square.*extra tokens"),
+    (lambda: amt.grid_wise(torch.rand(1, 17)), "17 patches.*square.*extra tokens"),
+    (lambda: amt.block_wise(torch.rand(1, 17)), "17 patches.*square.*extra tokens"),
 ])
-def test_an_error_names_the_argument_that_does_not_fit(call, message):
+def test_an_error_says_what_must_hold_and_what_was_given(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call()
 
+# ==== The head of the file ========================================================================
+
+HEAD = ast.get_docstring(ast.parse(open(amt.__file__).read()))
+
+def test_the_method_in_the_docstring_runs_on_schedule_and_learns(monkeypatch):
+    code = textwrap.dedent(re.search(r"\n\n(    vit = .*?)\n\n", HEAD, re.DOTALL)[1])
+    assert "range(400)" in code and "% 40 ==" in code        # new maps every tenth of training
+    code = code.replace("range(400)", "range(30)").replace("% 40", "% 3").replace("1.5e-4", "3e-3")
+    monkeypatch.setattr(amt, "vit_base", tiny_vit)
+    monkeypatch.setattr(amt, "MAE", lambda vit, new=amt.MAE: new(vit, 16, 1, 2))
+    events, losses = [], []
+    names = {"amt": amt, "torch": torch, "images": random_images(1).repeat(32, 1, 1, 1)}
+
+    def record(name, value):
+        original = getattr(amt, name)
+
+        def call(*args, **kwargs):
+            events.append(value(*args, **kwargs))
+            return original(*args, **kwargs)
+        monkeypatch.setattr(amt, name, call)
+
+    record("dataset_maps", lambda vit, batches, n: "maps")
+    record("mask_and_throw", lambda ranking, *ratios: ratios)
+    record("sample_patches", lambda weights: (weights.std(dim=1) > 1e-4).any().item())
+    torch.manual_seed(0)
+    code = code.replace("optimizer.zero", "losses.append(loss.item()); optimizer.zero")
+    exec(code, names | {"losses": losses})
+    plain, amt_step = [False, (0.75, 0.0)], [True, (0.45, 0.40)]
+    assert events == 3 * plain + 9 * ["maps", *3 * amt_step]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+def test_the_draws_in_the_docstring_are_real_and_the_numbers_right():
+    rows = [row.split() for row in HEAD.split("draw two")[1].splitlines()[1:4]]
+    weights = torch.tensor([[float(x) for row in rows for x in row[:3]]])
+    for seed, row, column in [(6, rows[1], -6), (1, rows[2], -3)]:
+        ranking = amt.sample_patches(weights, rng(seed))
+        assert " ".join(row[3:14]).replace(" |", "").split() == list(map(str, ranking[0].tolist()))
+        parts = amt.mask_and_throw(ranking, 1 / 3, 1 / 3)
+        letters = {i: x for x, ids in zip("mt.", parts) for i in ids[0].tolist()}
+        drawn = [row[column:][:3] for row in rows]
+        assert sum(drawn, []) == [letters[i] for i in range(9)]
+    ranking = torch.arange(196)[None]
+    counts = [ids.shape[1] for ids in amt.mask_and_throw(ranking, 0.45, 0.40)]
+    assert counts == [88, 78, 30] and f"{30 / 196:.0%} {49 / 196:.0%}" == "15% 25%"
 
 # ==== 1. Patches ==================================================================================
 
@@ -128,19 +173,7 @@ def test_patchify_orders_patches_and_pixels_by_row_and_unpatchify_inverts_it():
     square = random_images(2)[:, :2]
     assert torch.equal(amt.unpatchify(amt.patchify(square, 4), 4), square)
 
-
-def test_pos_embed_is_the_table_of_mae():
-    table = amt.sincos_pos_embed(16, 3)
-    assert table.shape == (1, 10, 16) and table.dtype == torch.float32 and not table[0, 0].any()
-    for row, column in itertools.product(range(3), range(3)):
-        expected = []
-        for place in (column, row):
-            angles = [place / 10000 ** (i / 4) for i in range(4)]
-            expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-        torch.testing.assert_close(table[0, 1 + 3 * row + column], torch.tensor(expected))
-
-
-# ==== 2. Vision transformer =======================================================================
+# ==== 2. Attention maps ===========================================================================
 
 def torch_layer(block):
     """PyTorch's own transformer layer, with the parameters of a Block."""
@@ -153,7 +186,6 @@ def torch_layer(block):
     layer.norm1, layer.norm2 = block.norm1, block.norm2
     return layer
 
-
 def torch_vit(vit, images):
     """The same ViT in PyTorch's own layers: the tokens of whole images, and the list of layers."""
     conv = vit.patch_embed.proj
@@ -161,82 +193,20 @@ def torch_vit(vit, images):
     x = torch.cat([vit.cls_token.expand(len(images), -1, -1), x], dim=1) + vit.pos_embed
     return x, [torch_layer(block) for block in vit.blocks]
 
-
-@pytest.mark.parametrize("visible", [None, [[3, 0, 15], [1, 2, 3], [9, 8, 7]]])
-def test_vit_equals_pytorchs_layers_and_embeds_only_visible_patches(visible):
-    vit, images, embedded = tiny_vit(), random_images(3), []
-    vit.pos_embed.data[:, 0] = torch.randn(24, generator=rng())      # not 0, as in some checkpoints
-    ids = visible or 3 * [range(16)]
-    x, layers = torch_vit(vit, images)
-    x = torch.stack([x[i, [0, *(1 + place for place in ids[i])]] for i in range(3)])
-    for layer in layers:
-        x = layer(x)
-    vit.patch_embed.register_forward_pre_hook(lambda _, args: embedded.append(args[0].shape[1]))
-    tokens = vit(images, visible and torch.tensor(visible))
-    torch.testing.assert_close(tokens, vit.norm(x), rtol=1e-4, atol=1e-5)
-    assert embedded == [len(ids[0])]
-
-
-def test_parameters_have_the_names_of_timm_and_mae_and_only_positions_are_frozen():
-    parts = r"(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2)"
-    vit = rf"cls_token|pos_embed|(patch_embed\.proj|norm|blocks\.\d\.{parts})\.(weight|bias)"
-    decoder = rf"decoder_(embed|norm|pred|blocks\.\d\.{parts})\.(weight|bias)"
-    mae = rf"encoder\.({vit})|{decoder}|mask_token|decoder_pos_embed"
-    simmim = rf"encoder\.({vit})|head\.(weight|bias)|mask_token"
-    for model, names in [(tiny_vit(), vit), (tiny_mae(), mae), (tiny_simmim(), simmim)]:
-        for name, p in model.named_parameters():
-            assert re.fullmatch(names, name) and p.requires_grad != name.endswith("pos_embed")
-        assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
-
-
-@pytest.mark.parametrize("build, patch_size, width, depth, heads, millions", [
-    (amt.vit_tiny, 16, 192, 12, 3, 5.5), (amt.vit_small, 16, 384, 12, 6, 21.7),
-    (amt.vit_base, 16, 768, 12, 12, 85.8), (amt.vit_large, 16, 1024, 24, 16, 303.3),
-    (amt.vit_huge, 14, 1280, 32, 16, 630.8),
-])
-def test_the_standard_sizes_and_the_defaults(build, patch_size, width, depth, heads, millions):
-    with torch.device("meta"):
-        mae = amt.MAE(build())
-    vit, attns = mae.encoder, [m for m in mae.modules() if isinstance(m, amt.Attention)]
-    assert (vit.img_size, vit.patch_size, vit.embed_dim) == (224, patch_size, width)
-    assert [m.num_heads for m in attns] == 8 * [16] + depth * [heads]        # decoder, then encoder
-    assert sum(p.numel() for p in vit.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
-    assert mae.decoder_blocks[0].mlp.fc1.weight.shape == (2048, 512) and not mae.norm_pix_loss
-
-
-def test_initialisation_is_maes_and_a_model_leaves_its_encoder_as_it_is():
-    torch.manual_seed(0)
-    vit = amt.ViT(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2)
-    before = {name: p.clone() for name, p in vit.state_dict().items()}
-    mae, simmim = amt.MAE(vit, 64, 1, 2), amt.SimMIM(vit)
-    assert all(torch.equal(p, before[name]) for name, p in vit.state_dict().items())
-    for layer, fan_in, fan_out in [
-            (vit.blocks[0].attn.qkv, 64, 192), (vit.blocks[0].mlp.fc2, 256, 64),
-            (vit.patch_embed.proj, 192, 64), (mae.decoder_pred, 64, 192), (simmim.head, 64, 192)]:
-        bound = math.sqrt(6 / (fan_in + fan_out))
-        assert 0.98 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
-    for token in (vit.cls_token, mae.mask_token, simmim.mask_token):
-        assert token.std().item() == pytest.approx(0.02, rel=0.3)
-
-
-# ==== 3. Attention maps ===========================================================================
-
 def torch_attention(layer, x):
     """The attention (B, heads, T) of the first token, from PyTorch's own layer."""
     return layer.self_attn(x, x, x, average_attn_weights=False)[1][:, :, 0]
 
-
-def test_cls_attention_is_the_row_of_cls_without_the_tokens_that_are_not_patches():
+def test_cls_attention_is_the_row_of_cls_in_float32_without_cls_itself():
     block, x = tiny_vit().blocks[0], 3 * torch.randn(2, 7, 24, generator=rng())
-    expected = torch_attention(torch_layer(block), x)[:, :, 3:]
-    torch.testing.assert_close(block.attn.cls_attention(x, num_prefix_tokens=3), expected)
+    expected = torch_attention(torch_layer(block), x)[:, :, 1:]
+    torch.testing.assert_close(block.attn.cls_attention(x), expected)
     a = block.bfloat16().attn.cls_attention(x.bfloat16())
     assert a.dtype == torch.float32 and not torch.equal(a, a.bfloat16().float())
 
-
 def test_attention_maps_average_the_last_blocks_heads_then_stretch_each_image_to_0_and_1():
     vit, images = tiny_vit(), random_images(3)
-    train_cifar.add_drop_path(vit, 0.9)                  # only eval mode gives these weights
+    vit.blocks[0].mlp.append(nn.Dropout(0.9))            # only eval mode gives these weights
     x, layers = torch_vit(vit, images)
     for layer in layers[:-1]:
         x = layer(x)
@@ -246,9 +216,17 @@ def test_attention_maps_average_the_last_blocks_heads_then_stretch_each_image_to
     weights = amt.attention_maps(vit.train(), images)
     torch.testing.assert_close(weights, expected.view(3, 4, 4))
     assert not weights.requires_grad
-    even = vit_with_attention(torch.full((2, 3, 16), 1 / 17, dtype=torch.bfloat16))
-    assert torch.equal(amt.attention_maps(even, images), torch.zeros(2, 4, 4))
+    assert torch.equal(amt.attention_maps(vit.eval().cls_attention, images), weights)
+    even = torch.full((2, 3, 16), 1 / 17, dtype=torch.bfloat16)
+    assert torch.equal(maps_of(even), torch.zeros(2, 4, 4))
 
+@pytest.mark.parametrize("H, W, h, w", [(128, 288, 8, 18), (288, 128, 18, 8), (32, 96, 1, 3)])
+def test_the_grid_of_a_map_has_the_proportions_of_the_images(H, W, h, w):
+    a = torch.arange(h * w).float().expand(1, 2, -1)
+    maps = maps_of(a, H, W)
+    torch.testing.assert_close(maps[0] * (h * w - 1), a[0, 0].view(h, w))
+    maps = amt.dataset_maps(lambda images: a, [(torch.tensor([1]), torch.zeros(1, 12, H, W))], 2)
+    assert maps.shape == (2, h, w) and not maps[0].any()
 
 def test_attention_maps_restore_the_modes_even_after_an_error():
     vit, images = tiny_vit(), random_images(2)
@@ -256,10 +234,9 @@ def test_attention_maps_restore_the_modes_even_after_an_error():
     modes = [m.training for m in vit.modules()]
     amt.attention_maps(vit, images)
     assert [m.training for m in vit.modules()] == modes
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="expected images"):
         amt.attention_maps(vit, images[:, :, 1:])
     assert [m.training for m in vit.modules()] == modes
-
 
 def test_dataset_maps_puts_each_map_at_the_index_of_its_image_and_shares_sum_to_the_whole():
     vit, images = tiny_vit(), random_images(5)
@@ -271,13 +248,14 @@ def test_dataset_maps_puts_each_map_at_the_index_of_its_image_and_shares_sum_to_
     shares = amt.dataset_maps(vit, batches[1:], 6) + amt.dataset_maps(vit, batches[:1], 6)
     assert torch.equal(shares, maps)
 
-
-# ==== 4. Crops of images and of maps ==============================================================
+# ==== 3. Crops of images and maps =================================================================
 
 @pytest.mark.parametrize("image_ratio", [1.0, 0.5, 3.0])
 def test_random_crops_have_the_distribution_of_random_resized_crop(image_ratio):
     n = 40000
     theta = amt.random_crops(n, (0.05, 0.15), (0.5, 2.0), rng(), image_ratio)
+    of_tensor = torch.full((n,), image_ratio)
+    assert torch.equal(theta, amt.random_crops(n, (0.05, 0.15), (0.5, 2.0), rng(), of_tensor))
     assert theta.shape == (n, 2, 3) and not theta[:, [0, 1], [1, 0]].any()
     width, height, x, y = theta[:, 0, 0], theta[:, 1, 1], theta[:, 0, 2], theta[:, 1, 2]
     assert (height > 0).all() and (width < 0).float().mean().item() == pytest.approx(0.5, abs=0.01)
@@ -290,16 +268,26 @@ def test_random_crops_have_the_distribution_of_random_resized_crop(image_ratio):
     correlation = torch.corrcoef(torch.cat([uniform, theta[None, :, 0, 0].sign()]))
     assert (correlation - torch.eye(5)).abs().max() < 0.03
 
-
 def test_random_crops_stay_in_the_image_and_repeat_with_the_generator():
     theta = amt.random_crops(5000, generator=rng(3))
-    sides, centres = theta[:, [0, 1], [0, 1]].abs(), theta[:, :, 2].abs()
-    assert (sides + centres <= 1 + 1e-6).all() and (sides == 1).any()
+    sides, centers = theta[:, [0, 1], [0, 1]].abs(), theta[:, :, 2].abs()
+    assert (sides + centers <= 1 + 1e-6).all() and (sides == 1).any()
     area, aspect = sides.prod(dim=1), sides[:, 0] / sides[:, 1]
     assert 0.2 < area.min() * 1.001 < 0.21 and area.max() > 0.95     # MAE's scale, usual ratio
     assert 0.75 < aspect.min() * 1.001 < 0.76 and 1.32 < aspect.max() * 0.999 < 4 / 3
     assert torch.equal(theta, amt.random_crops(5000, generator=rng(3)))
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_theta_of_gives_the_crop_that_torchvision_makes(flip):
+    tvf = pytest.importorskip("torchvision.transforms.functional")
+    images, box = random_images(2, 40)[:, :, :30], (4, 7, 20, 27)    # top, left, height, width
+    expected = tvf.resized_crop(images, *box, [16, 24], antialias=False)
+    theta = amt.theta_of(*box, flip, 30, 40)
+    assert theta.shape == (2, 3) and theta.dtype == torch.float32
+    ours = amt.crop(images, theta.expand(2, -1, -1), (16, 24), "bilinear")
+    inside = (..., slice(1, -1), slice(1, -1))           # at the edge only the box ends
+    torch.testing.assert_close(ours[inside], (tvf.hflip(expected) if flip else expected)[inside],
+                               rtol=0, atol=1e-4)
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear", "nearest"])
 @pytest.mark.parametrize("flip", [False, True])
@@ -312,7 +300,6 @@ def test_crop_of_whole_pixels_is_slicing_and_the_image_continues_at_its_edges(mo
     whole = torch.eye(2, 3)[None]
     torch.testing.assert_close(amt.crop(images, whole, 32, mode), larger, rtol=1e-4, atol=1e-4)
     assert amt.crop(images.half(), whole, 32, mode).dtype == torch.float16
-
 
 @pytest.mark.parametrize("p", [4, 8])
 def test_each_weight_lies_on_the_patch_that_shows_what_the_weight_was_measured_on(p):
@@ -335,8 +322,19 @@ def test_each_weight_lies_on_the_patch_that_shows_what_the_weight_was_measured_o
     with torch.autocast("cpu", torch.bfloat16):          # must not shift the crop
         assert torch.equal(amt.crop_weights(maps, theta, size, p), weights)
 
+def test_crops_and_weights_of_images_that_are_not_square():
+    images = random_images(1, 48)[:, :, :32]
+    left = torch.tensor([[[0.5, 0, -0.5], [0, 1, 0]]])
+    expected = images[:, :, :, :24]
+    torch.testing.assert_close(amt.crop(images, left, (32, 24), "bilinear"), expected,
+                               rtol=1e-4, atol=1e-4)
+    maps = torch.rand(1, 4, 6, generator=rng())
+    pixels = F.interpolate(maps[None], size=(32, 24 * 2), mode="bilinear")[:, :, :, :24]
+    expected = amt.patchify(pixels, 8).sum(dim=2)
+    whole = amt.crop_weights(maps, torch.eye(2, 3)[None], (32, 48), 8).view(1, 4, 6)
+    torch.testing.assert_close(whole[:, :, :3].flatten(1), expected, rtol=1e-4, atol=1e-4)
 
-# ==== 5. Ranking ==================================================================================
+# ==== 4. Ranking ==================================================================================
 
 def assert_distribution(rankings, probability):
     """Pearson's chi-square test of rankings (n, N) and the probability of each permutation."""
@@ -349,7 +347,6 @@ def assert_distribution(rankings, probability):
         statistic += (counts[permutation] - expected) ** 2 / max(expected, 1e-9)
         freedom += expected > 1e-9
     assert statistic < freedom + 4 * math.sqrt(2 * freedom)
-
 
 @pytest.mark.parametrize("weights", [
     [0.4, 0.3, 0.2, 0.1], [1e-30, 3e-30, 2e-30, 1e-30], 4 * [4.0], 4 * [0.0], [0.0, 3.0, 0.0, 1.0],
@@ -366,14 +363,7 @@ def test_sample_patches_draws_in_proportion_to_the_weights_and_zeros_last(weight
     rankings = amt.sample_patches(torch.tensor(weights).expand(60000, -1), rng())
     assert_distribution(rankings, probability)
 
-
-def test_a_zero_weight_comes_after_a_tiny_one_whatever_is_drawn(monkeypatch):
-    E = torch.tensor([[0.0, 148.0]])                     # no exponential draw is outside
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x, generator=None: x.copy_(E))
-    assert amt.sample_patches(torch.tensor([[0.0, 2.0 ** -149]])).tolist() == [[1, 0]]
-
-
-# ==== 6. Masking and throwing =====================================================================
+# ==== 5. Masking and throwing =====================================================================
 
 @pytest.mark.parametrize("N, mask_ratio, throw_ratio, counts", [
     (196, 0.45, 0.40, (88, 78, 30)), (196, 0.75, 0.0, (147, 0, 49)), (64, 0.45, 0.40, (29, 26, 9)),
@@ -385,21 +375,103 @@ def test_the_ranking_is_split_into_masked_thrown_and_visible(N, mask_ratio, thro
     assert tuple(ids.shape[1] for ids in parts) == counts
     assert torch.equal(torch.cat(parts, dim=1), ranking)
 
-
-@pytest.mark.parametrize("h, unit", [(8, 2), (6, 3), (4, 1)])
+@pytest.mark.parametrize("h, unit", [(8, 2), (6, 3)])
 def test_units_are_squares_of_patches_numbered_row_by_row(h, unit):
     side = h // unit
     ranking = torch.rand(3, side * side, generator=rng()).argsort(dim=1)
-    patches = amt.expand_units(ranking, h, unit).unflatten(1, (side * side, unit * unit))
-    for i, members in zip(ranking.flatten().tolist(), patches.flatten(0, 1).tolist()):
+    patches = torch.cat(amt.mask_and_throw(ranking, 0.5, 0.25, unit), dim=1)
+    patches = patches.view(-1, unit * unit).tolist()
+    for i, patches_of_unit in zip(ranking.flatten().tolist(), patches, strict=True):
         places = itertools.product(range(unit), range(unit))
         first = i // side * unit * h + i % side * unit
-        assert set(members) == {first + row * h + column for row, column in places}
-    of_patches = torch.cat(amt.mask_and_throw(ranking, 0.5, 0.25, unit=unit), dim=1)
-    assert torch.equal(of_patches, patches.flatten(1))
+        assert set(patches_of_unit) == {first + row * h + column for row, column in places}
 
+# ==== 6. Vision transformer =======================================================================
+
+def test_pos_embed_is_the_table_of_mae():
+    table = amt.sincos_pos_embed(16, 3)
+    assert table.shape == (1, 10, 16) and table.dtype == torch.float32 and not table[0, 0].any()
+    for row, column in itertools.product(range(3), range(3)):
+        expected = []
+        for place in (column, row):
+            angles = [place / 10000 ** (i / 4) for i in range(4)]
+            expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+        torch.testing.assert_close(table[0, 1 + 3 * row + column], torch.tensor(expected))
+
+@pytest.mark.parametrize("visible", [None, [[3, 0, 15], [1, 2, 3], [9, 8, 7]]])
+def test_vit_equals_pytorchs_layers_and_embeds_only_visible_patches(visible):
+    vit, images, embedded = tiny_vit(), random_images(3), []
+    vit.pos_embed.data[:, 0] = torch.randn(24, generator=rng())      # not 0, as in some checkpoints
+    ids = visible or 3 * [range(16)]
+    x, layers = torch_vit(vit, images)
+    x = torch.stack([x[i, [0, *(1 + place for place in ids[i])]] for i in range(3)])
+    for layer in layers:
+        x = layer(x)
+    vit.patch_embed.register_forward_pre_hook(lambda _, args: embedded.append(args[0].shape[1]))
+    tokens = vit(images, visible and torch.tensor(visible))
+    torch.testing.assert_close(tokens, vit.norm(x), rtol=1e-4, atol=1e-5)
+    assert embedded == [len(ids[0])]
+
+def test_parameters_have_the_names_of_timm_and_mae_and_only_positions_are_frozen():
+    parts = r"(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2)"
+    vit = rf"cls_token|pos_embed|(patch_embed\.proj|norm|blocks\.\d\.{parts})\.(weight|bias)"
+    decoder = rf"decoder_(embed|norm|pred|blocks\.\d\.{parts})\.(weight|bias)"
+    mae = rf"encoder\.({vit})|{decoder}|mask_token|decoder_pos_embed"
+    simmim = rf"encoder\.({vit})|head\.(weight|bias)|mask_token"
+    for model, names in [(tiny_vit(), vit), (tiny_mae(), mae), (tiny_simmim(), simmim)]:
+        for name, p in model.named_parameters():
+            assert re.fullmatch(names, name) and p.requires_grad != name.endswith("pos_embed")
+        assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
+
+@pytest.mark.parametrize("in_chans", [1, 3, 12])
+def test_weights_load_from_and_into_timms_vit_which_gives_the_same_tokens(in_chans):
+    timm = pytest.importorskip("timm")
+    vit, images = tiny_vit(in_chans=in_chans), torch.randn(2, in_chans, 16, 16, generator=rng())
+    theirs = timm.models.vision_transformer.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=2, in_chans=in_chans,
+        num_classes=0)
+    state = copy.deepcopy(theirs.state_dict())
+    theirs.load_state_dict(vit.state_dict())
+    tokens = theirs.eval().forward_features(images)
+    torch.testing.assert_close(vit(images), tokens, rtol=1e-4, atol=1e-4)
+    vit.load_state_dict(state)
+    for model in (amt.MAE(vit, 16, 1, 2), amt.SimMIM(vit), amt.SimMIM(vit, "hog")):
+        masked, _, visible = split(2)
+        loss, pred = model(images, visible=visible, masked=masked)
+        values = 36 if model.targets(images, masked).shape[2] == 36 * in_chans else 16
+        assert pred.shape == (2, 5, values * in_chans) and loss.isfinite()
+
+@pytest.mark.parametrize("build, patch_size, width, depth, heads, millions", [
+    (amt.vit_tiny, 16, 192, 12, 3, 5.5), (amt.vit_small, 16, 384, 12, 6, 21.7),
+    (amt.vit_base, 16, 768, 12, 12, 85.8), (amt.vit_large, 16, 1024, 24, 16, 303.3),
+    (amt.vit_huge, 14, 1280, 32, 16, 630.8),
+])
+def test_the_standard_sizes_and_the_defaults(build, patch_size, width, depth, heads, millions):
+    with torch.device("meta"):
+        mae = amt.MAE(build())
+    vit, attns = mae.encoder, [m for m in mae.modules() if isinstance(m, amt.Attention)]
+    assert (vit.img_size, vit.patch_size, vit.embed_dim) == (224, patch_size, width)
+    assert [m.num_heads for m in attns] == 8 * [16] + depth * [heads]        # decoder, then encoder
+    assert sum(p.numel() for p in vit.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+    assert mae.decoder_blocks[0].mlp.fc1.weight.shape == (2048, 512) and not mae.norm_pix_loss
 
 # ==== 7. Models: MAE, SimMIM, MaskFeat ============================================================
+
+def test_initialization_is_maes_and_a_model_leaves_its_encoder_as_it_is():
+    torch.manual_seed(0)
+    vit = amt.ViT(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2)
+    before = {name: p.clone() for name, p in vit.state_dict().items()}
+    mae, simmim = amt.MAE(vit, 64, 1, 2), amt.SimMIM(vit)
+    assert all(torch.equal(p, before[name]) for name, p in vit.state_dict().items())
+    for layer, fan_in, fan_out in [
+            (vit.blocks[0].attn.qkv, 64, 192), (vit.blocks[0].mlp.fc2, 256, 64),
+            (vit.patch_embed.proj, 192, 64), (mae.decoder_pred, 64, 192), (simmim.head, 64, 192)]:
+        bound = math.sqrt(6 / (fan_in + fan_out))
+        assert 0.98 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
+    assert torch.equal(vit.pos_embed, amt.sincos_pos_embed(64, 4))
+    assert torch.equal(mae.decoder_pos_embed, amt.sincos_pos_embed(64, 4))
+    for token in (vit.cls_token, mae.mask_token, simmim.mask_token):
+        assert token.std().item() == pytest.approx(0.02, rel=0.3)
 
 def literal_model(name, model, images, visible, masked):
     """The published models, one image at a time, tokens in order. Thrown ones are taken out last.
@@ -435,7 +507,6 @@ def literal_model(name, model, images, visible, masked):
         losses.append(error(preds[-1] - target[i, masked[i]]).mean())
     return torch.stack(losses).mean(), torch.stack(preds)
 
-
 @pytest.mark.parametrize("n_thrown", [0, 6])
 @pytest.mark.parametrize("name", MODELS)
 def test_models_equal_the_published_ones_and_do_not_see_thrown_patches(name, n_thrown):
@@ -443,7 +514,7 @@ def test_models_equal_the_published_ones_and_do_not_see_thrown_patches(name, n_t
     images[0, :, :8] *= 1e-3                             # so faint that norm_pix_loss's 1e-6 shows
     masked, thrown, visible = split(3, n_thrown)
     expected_loss, expected_pred = literal_model(name, model, images, visible, masked)
-    if name != "maskfeat":                               # its targets depend on neighbours
+    if name != "maskfeat":                               # its targets depend on neighbors
         ids = thrown[:, :, None].expand(-1, -1, 48)
         images = amt.unpatchify(amt.patchify(images, 4).scatter(1, ids, math.nan), 4)
     loss, pred = model(images, visible=visible, masked=masked)
@@ -456,8 +527,7 @@ def test_models_equal_the_published_ones_and_do_not_see_thrown_patches(name, n_t
         loss, pred = model(images, visible=visible, masked=masked)
     assert loss.dtype == pred.dtype == torch.float32
 
-
-def literal_hog(image, cell, bins):
+def literal_hog(image, cell, bins=9):
     """Histograms (N, 4*C*bins) of an image (C, H, H), one pixel at a time."""
     C, H, _ = image.shape
     votes = np.zeros((H // cell, H // cell, C, bins))
@@ -468,25 +538,22 @@ def literal_hog(image, cell, bins):
         votes[y // cell, x // cell, c, int(degrees // (180 / bins))] += math.hypot(dy, dx)
     return cells_to_patches(votes / np.sqrt((votes ** 2).sum(axis=3, keepdims=True) + 1e-5 ** 2))
 
-
 def cells_to_patches(cells):
     """Puts the four cells of each patch together: (2h, 2h, C, bins) to (N, 4*C*bins)."""
     h = len(cells) // 2
     return cells.reshape(h, 2, h, 2, -1).transpose(0, 2, 1, 3, 4).reshape(h * h, -1)
 
-
-@pytest.mark.parametrize("patch_size, bins", [(4, 9), (8, 6)])
-def test_hog_equals_the_literal_one(patch_size, bins):
+@pytest.mark.parametrize("patch_size", [4, 8])
+def test_hog_equals_the_literal_one(patch_size):
     images = random_images(2).double()
     images[0, :, :8] = 0.5                               # no gradient, so no votes
     images[1, :, :8] *= 1e-6                             # so faint that the epsilon shows
-    for image, ours in zip(images, amt.hog(images, patch_size, bins)):
-        expected = literal_hog(image.numpy(), patch_size // 2, bins)
+    for image, ours in zip(images, amt.hog(images, patch_size)):
+        expected = literal_hog(image.numpy(), patch_size // 2)
         np.testing.assert_allclose(ours, expected, atol=1e-9)
     image = torch.arange(-8.0, 8).repeat(16, 1)
     image[:, 8] = -1e-9 * torch.arange(16)               # rounds to 180 degrees: the last bin
-    assert amt.hog(image[None, None], 8, bins)[0, 1, 2 * bins + bins - 1] > 0    # bottom left cell
-
+    assert amt.hog(image[None, None], 8)[0, 1, 26] > 0            # bottom left cell
 
 def test_hog_equals_scikit_images():
     feature = pytest.importorskip("skimage.feature")
@@ -494,77 +561,60 @@ def test_hog_equals_scikit_images():
     theirs = feature.hog(image[0, 0].numpy(), 9, (4, 4), (1, 1), "L2", feature_vector=False)
     np.testing.assert_allclose(amt.hog(image, 8)[0], cells_to_patches(theirs[:, :, 0]), atol=1e-7)
 
-
-# ==== 8. One training step ========================================================================
-
-@pytest.mark.parametrize("name, with_maps, n_masked, n_thrown, unit, given", [
-    ("mae", True, 7, 6, 1, {}),                          # AMT's 0.45 and 0.40 are the defaults
-    ("mae", False, 12, 0, 1, dict(mask_ratio=0.75, throw_ratio=0.0, strategy=amt.block_wise)),
-    ("simmim", True, 2, 1, 2, dict(mask_ratio=0.44, throw_ratio=0.26, unit=2)),
-    ("simmim", False, 2, 0, 2, dict(mask_ratio=0.6, throw_ratio=0.0, unit=2)),
-])
-def test_training_loss_equals_its_parts(name, with_maps, n_masked, n_thrown, unit, given):
-    model, images, theta = MODELS[name](), random_images(3), amt.random_crops(3, generator=rng())
-    maps = torch.rand(3, 4, 4, generator=rng()) ** 4 if with_maps else None
-    torch.manual_seed(5)
-    loss = amt.training_loss(model, images, theta, maps, **given)
-    torch.manual_seed(5)
-    weights = torch.ones(3, 16 // unit ** 2)
-    if with_maps:
-        weights = amt.crop_weights(maps, theta, 16, 4 * unit)
-    ranking = given.get("strategy", amt.sample_patches)(weights)
-    ids = amt.expand_units(ranking, 4, unit)             # all patches, as ranked
-    masked, visible = ids[:, :n_masked * unit ** 2], ids[:, (n_masked + n_thrown) * unit ** 2:]
-    assert torch.equal(loss, model(images, visible=visible, masked=masked)[0])
-    assert loss.requires_grad and amt.training_loss.__defaults__[:2] == (0.45, 0.40)
-
-
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("strategy", train_cifar.STRATEGIES.values())
-def test_training_loss_keeps_to_the_device_of_the_images(name, strategy):
+@pytest.mark.parametrize("strategy", STRATEGIES.values())
+def test_a_step_keeps_to_the_device_of_the_images(name, strategy):
     model, images, theta = MODELS[name](), random_images(3), amt.random_crops(3)
     with FakeTensorMode(allow_non_fake_inputs=True):     # refuses operations on two devices
-        model, images, maps = model.to("cuda"), images.to("cuda"), torch.rand(3, 4, 4).to("cuda")
-        loss = amt.training_loss(model, images, theta, maps, 0.5, 0.25, 2, strategy)
+        model, images = model.to("cuda"), images.to("cuda")
+        images = amt.crop(images, theta, 16, "bicubic")
+        maps = torch.rand(3, 4, 4).to("cuda")
+        ranking = strategy(amt.crop_weights(maps, theta, 16, 8))
+        masked, _, visible = amt.mask_and_throw(ranking, 0.5, 0.25, 2)
+        loss, _ = model(images, visible=visible, masked=masked)
         assert loss.device.type == "cuda"
 
-
-# ==== 9. Other strategies =========================================================================
+# ==== 8. Other strategies =========================================================================
 
 @pytest.mark.parametrize("N", [16, 49, 196])
-@pytest.mark.parametrize("name", train_cifar.STRATEGIES)
-def test_every_strategy_gives_each_image_a_permutation_that_repeats_with_the_generator(name, N):
-    rank, weights = train_cifar.STRATEGIES[name], torch.rand(6, N, generator=rng())
-    ranking = rank(weights, rng(1))
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_gives_each_image_a_permutation_that_repeats_with_the_seed(name, N):
+    def rank(weights, seed=1):
+        torch.manual_seed(seed)
+        return STRATEGIES[name](weights)
+
+    weights = torch.rand(6, N, generator=rng())
+    ranking = rank(weights)
     assert ranking.dtype == rank(weights.half()).dtype == torch.int64
     assert torch.equal(ranking.sort(dim=1).values, torch.arange(N).expand(6, N))
     assert len(ranking.unique(dim=0)) == 6
-    assert torch.equal(ranking, rank(weights, rng(1)))
-    assert torch.equal(ranking, rank(weights, rng(2))) == (name in ("attmask", "mst"))
-
+    assert torch.equal(ranking, rank(weights))
+    assert torch.equal(ranking, rank(weights, 2)) == name.endswith("_first")
 
 def test_attmask_and_mst_rank_by_weight_and_random_ranking_ignores_it():
     weights = torch.tensor([[0.2, 0.9, 0.0, 0.5], [3.0, 1.0, 2.0, 0.1]])
-    assert train_cifar.STRATEGIES["attmask"](weights).tolist() == [[1, 3, 0, 2], [0, 2, 1, 3]]
-    assert train_cifar.STRATEGIES["mst"](weights).tolist() == [[2, 0, 3, 1], [3, 1, 2, 0]]
-    for name in ("attmask", "mst"):                      # ties keep their order on each device
-        ranking = train_cifar.STRATEGIES[name](torch.zeros(2, 5000))
-        assert torch.equal(ranking, torch.arange(5000).expand(2, -1))
-    rankings = train_cifar.STRATEGIES["random"](weights[0].expand(60000, 4), rng())
-    assert_distribution(rankings, lambda _: 1 / 24)
+    assert amt.highest_first(weights).tolist() == [[1, 3, 0, 2], [0, 2, 1, 3]]
+    assert amt.lowest_first(weights).tolist() == [[2, 0, 3, 1], [3, 1, 2, 0]]
+    torch.manual_seed(0)
+    assert_distribution(amt.random_ranking(weights[:1].expand(60000, 4)), lambda _: 1 / 24)
 
+def test_attmask_and_mst_break_ties_at_random():
+    weights = torch.tensor([[1.0, 2.0, 1.0, 2.0]]).expand(60000, -1)
+    for strategy, first in [(amt.highest_first, {1, 3}), (amt.lowest_first, {0, 2})]:
+        torch.manual_seed(0)
+        assert_distribution(strategy(weights), lambda order: (set(order[:2]) == first) / 4)
 
 @pytest.mark.parametrize("h", [4, 8, 14])
 def test_grid_wise_leaves_the_bottom_left_of_each_2_x_2_after_a_checkerboard(h):
-    ranking = train_cifar.STRATEGIES["grid"](torch.ones(50, h * h), rng())
+    ranking = amt.grid_wise(torch.ones(50, h * h))
     row, column = ranking // h % 2, ranking % h % 2
     assert (row > column)[:, 3 * h * h // 4:].all()
     assert (row == column)[:, :h * h // 2].all()
     assert len(ranking[:, 0].unique()) > 3               # any of the same kind can come first
 
-
 def test_block_wise_ranks_rectangles_of_the_right_shapes_each_row_by_row():
-    ranking = train_cifar.STRATEGIES["block"](torch.ones(500, 196), rng())
+    torch.manual_seed(0)
+    ranking = amt.block_wise(torch.ones(500, 196))
     sides = torch.stack([ranking // 14, ranking % 14])               # row and column
     assert (ranking[:, :12].diff(dim=1) > 0).all()       # no rectangle has fewer than 12 patches
     height, width = sides.cummax(dim=2).values - sides.cummin(dim=2).values + 1
@@ -580,74 +630,51 @@ def test_block_wise_ranks_rectangles_of_the_right_shapes_each_row_by_row():
     edges = masked.diff(dim=1).abs().sum(dim=(1, 2)) + masked.diff(dim=2).abs().sum(dim=(1, 2))
     assert edges.mean() < 60 and edges.max() < 100       # 175 if patches are masked independently
 
-
 # ==== train_cifar.py: helpers =====================================================================
 
-# Six epochs of two steps. A step has two mini-batches. New maps come before epochs 3 and 5.
+# Six epochs of two steps. A step has two mini-batches. New maps come after epochs 2 and 4.
 SMALL = ("--dataset shapes --num-images 70 --img-size 32 --patch-size 8 --depth 1 --blr 4e-3 "
-         "--decoder-depth 1 --decoder-embed-dim 32 --epochs 6 --update-interval 2 --workers 0 "
-         "--warmup-epochs 1 --batch-size 16 --accum-steps 2 --save-every 4 --probe-epochs 2"
-         ).split()
+         "--decoder-depth 1 --decoder-embed-dim 32 --epochs 6 --update-interval 2 "
+         "--warmup-epochs 1 --batch-size 16 --accum-steps 2 --save-every 4").split()
 ALL_STAGES = ["--probe-every", 3, "--finetune-epochs", 2]
-NO_PROBE = ["--probe-epochs", 0]
-ONE_EPOCH = ["--epochs", 1, "--warmup-epochs", 0, *NO_PROBE]
-PREFIXES = ["", "probe-", "finetune-"]
-TIMES = {"seconds", "update_seconds", "images_per_second"}
-HANDLERS = {number: signal.getsignal(number)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-
-
-@pytest.fixture(autouse=True)
-def restored_signals():
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)         # nohup and background jobs ignore these
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    train_cifar.SIGNALS.clear()
-    for number, handler in HANDLERS.items():
-        signal.signal(number, handler)
-
+TIMES = {"seconds", "map_seconds", "images_per_second"}
+SHAPES = train_cifar.shapes
+train_cifar.shapes = lambda args, n, seed: SHAPES(args, min(n, 70), seed)
 
 def parse(*flags):
     return train_cifar.parse_args([*SMALL, *map(str, flags)])
 
-
 def load(path):
     return torch.load(path, weights_only=True)
-
 
 def run(out_dir, *flags):
     train_cifar.main([*SMALL, "--out-dir", str(out_dir), *map(str, flags)])
     return out_dir
 
-
-def error(out_dir, *flags):
+def error(capsys, out_dir, *flags):
     """The one line that the script ends with."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         run(out_dir, *flags)
-    line = caught.value.code
-    assert re.match("(train_cifar.py: )?error: ", line) and "\n" not in line
-    return line
-
-
-def rows(out_dir, prefix=""):
-    with open(out_dir / f"{prefix}log.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
+    said = capsys.readouterr().err.strip().splitlines()
+    assert caught.value.code == 2 and said[-1].split(": ")[-3:] and "Traceback" not in said
+    assert len(said) == 1 or said[0].startswith("usage")
+    return said[-1]
 
 def column(out_dir, name, prefix=""):
     """A column of a log: numbers, and None where it is empty."""
-    return [float(row[name]) if row[name] else None for row in rows(out_dir, prefix)]
-
+    with open(out_dir / f"{prefix}log.csv", newline="") as file:
+        return [float(row[name]) if row[name] else None for row in csv.DictReader(file)]
 
 def saved(out_dir, prefix=""):
     """All that a stage leaves but the times."""
     content = load(out_dir / f"{prefix}checkpoint.pth")
-    for dictionary in (content["run"], *content["run"]["log"]):
-        for name in TIMES & dictionary.keys():
-            del dictionary[name]
-    csv_rows = [{k: v for k, v in row.items() if k not in TIMES} for row in rows(out_dir, prefix)]
-    return content | {"csv": csv_rows}
-
+    with open(out_dir / f"{prefix}log.csv", newline="") as file:
+        content["csv"] = list(csv.DictReader(file))
+    for row in (content, *content["log"], *content["csv"]):
+        for name in TIMES & row.keys():
+            del row[name]
+    return content
 
 def assert_same(a, b, **tolerance):
     """Compares nested dicts, lists and tuples of tensors bit for bit, or within a tolerance."""
@@ -661,77 +688,76 @@ def assert_same(a, b, **tolerance):
     else:
         assert a == b
 
+def record(monkeypatch):
+    """A list to which each mini-batch of a run adds what it drew and what its model was given."""
+    steps = []
 
-def assert_close_models(a, b):
-    """The gradient of a key's bias is rounding noise, which Adam enlarges: it is left out."""
-    a, b = ({k: p for k, p in x["model"].items() if "qkv.bias" not in k} for x in (a, b))
-    assert_same(a, b, rtol=0, atol=1e-4)
+    def patch(module, name, note, key=None):
+        original = getattr(module, name)
 
+        def noting(*args, **kwargs):
+            result = original(*args, **kwargs)
+            note(result, args, kwargs)
+            return result
+        monkeypatch.setattr(module, name, noting)
 
-def record(monkeypatch, kind=train_cifar.Pretraining):
-    """A list to which each mini-batch of a stage adds what it was given and what it drew."""
-    steps, loss, split = [], kind.loss, amt.mask_and_throw
+    patch(amt, "random_crops", lambda theta, args, kwargs: steps.append(
+        {"theta": theta, "scale": args[1] if len(args) > 1 else None, "maps": None}))
+    patch(amt, "crop", lambda x, args, kwargs: steps[-1].setdefault("crops", (args[0], x)))
+    patch(amt, "crop_weights", lambda x, args, kwargs: steps[-1].update(maps=args[0], weights=x))
 
-    def recording_loss(self, ids, images, theta):
-        steps.append({"ids": ids.tolist(), "theta": theta, "maps": self.run.get("maps"),
-                      "lr": self.optimizer.param_groups[0]["lr"]})
-        result = loss(self, ids, images, theta)
-        steps[-1]["loss"] = result.item()
-        return result
+    def note_split(sets, args, kwargs):
+        if steps and "ratios" not in steps[-1]:
+            steps[-1].update(ranking=args[0], ratios=args[1:3], sets=sets)
 
-    def recording_split(ranking, *rest, **kwargs):
-        sets = split(ranking, *rest, **kwargs)
-        if steps and "loss" not in steps[-1]:
-            steps[-1].update(ranking=ranking, ratios=rest[:2], sets=sets)
-        return sets
+    def note_forward(result, args, kwargs):
+        if steps and "given" not in steps[-1]:
+            steps[-1].update(given=kwargs, images=args[1], loss=result[0].item())
 
-    monkeypatch.setattr(kind, "loss", recording_loss)
-    monkeypatch.setattr(amt, "mask_and_throw", recording_split)
+    patch(amt, "mask_and_throw", note_split)
+    patch(amt.MAE, "forward", note_forward)
+    patch(amt.SimMIM, "forward", note_forward)
     return steps
 
+def at_crop(monkeypatch, call, action):
+    """Has action() run before that crop of a mini-batch (the first is 1)."""
+    crops, calls = amt.random_crops, itertools.count(1)
 
-def at_call(monkeypatch, kind, call, action):
-    """Has action(loss) replace what that call of the loss of a stage returns."""
-    loss, calls = getattr(train_cifar, kind).loss, itertools.count(1)
-
-    def acting(self, *args):
-        result = loss(self, *args)
-        return action(result) if next(calls) == call else result
-
-    monkeypatch.setattr(getattr(train_cifar, kind), "loss", acting)
-
+    def acting(*args, **kwargs):
+        if next(calls) == call:
+            action()
+        return crops(*args, **kwargs)
+    monkeypatch.setattr(amt, "random_crops", acting)
 
 FORKS = multiprocessing.get_context("forkserver")        # forks a process that has imported torch
 FORKS.set_forkserver_preload(["torchvision.datasets", "torchvision.transforms.v2"])
 PROCESS = """
-import itertools, multiprocessing, os, signal, sys
+import itertools, os, signal, sys
 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
 os.dup2(1, 2)
 os.environ.update(env)
 sys.path.insert(0, path)
-import torch, train_cifar
-multiprocessing.set_start_method("fork", force=True)
+import torch, amt, train_cifar
 torch.set_num_threads(1)
-loss, calls = train_cifar.Pretraining.loss, itertools.count(1)
-def acting(*args):
+shapes, crops, calls = train_cifar.shapes, amt.random_crops, itertools.count(1)
+train_cifar.shapes = lambda args, n, seed: shapes(args, min(n, 70), seed)
+def acting(*args, **kwargs):
     if int(env["RANK"]) == at[0] and next(calls) == at[1]:
         exec(at[2], globals())
-    return loss(*args)
-train_cifar.Pretraining.loss = acting
+    return crops(*args, **kwargs)
+amt.random_crops = acting
 train_cifar.main(argv)
 """
-SEND = "os.kill(os.getpid(), signal.{})".format
 
-
-def processes(tmp_path, flags_of_each, at=(0, 0, "pass")):
+def processes(tmp_path, *flags_of_each, at=(0, 0, "")):
     """Runs the script in a process for each list of flags, as torchrun does. Returns the exit codes
-    and what is printed. at = (rank, call, code) runs code in that call of the loss."""
+    and what is printed. at = (rank, call, code) runs code in that draw of random crops."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     started, n, path = [], len(flags_of_each), str(Path(train_cifar.__file__).parent)
     for rank, flags in enumerate(flags_of_each):
-        env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n,
-                   MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, MASTER_ADDR="127.0.0.1",
+                   MASTER_PORT=port)
         values = dict(file=f"{tmp_path}/said-{rank}", path=path, at=at,
                       env={k: str(v) for k, v in env.items()}, argv=[*SMALL, *map(str, flags)])
         started.append(FORKS.Process(target=exec, args=(PROCESS, values)))
@@ -743,656 +769,467 @@ def processes(tmp_path, flags_of_each, at=(0, 0, "pass")):
     said = "".join((tmp_path / f"said-{rank}").read_text() for rank in range(n))
     return [process.exitcode for process in started], said
 
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The directory of a run from its beginning to its end. Tests read it and never write it."""
     return run(tmp_path_factory.mktemp("finished"), *ALL_STAGES)
 
-
-# ==== Flags =======================================================================================
+# ==== Flags and errors ============================================================================
 
 @pytest.mark.parametrize("flags, words", [
-    (["--patch-size", 5], "5.*32.*--patch-size"),
-    (["--accum-steps", 5], "80 images, but .* only 70 .*--batch-size"),
-    (["--batch-size", 0], "--batch-size 0 is not allowed: give 1 or more"),
-    (["--batch-size", 1], "too small for the BatchNorm of the linear probe: give 2 or more"),
-    (["--mask-ratio", 0.75], "12 masked, 6 thrown, -2 visible.*--throw-ratio"),
-    (["--mask-unit", 3], "--mask-unit 3 does not divide a side of 4 patches"),
-    (["--blr", "nan"], "--blr nan is not allowed: give more than 0"),
-    (["--epochs", 0], "--epochs 0 with --checkpoint None: give .* FILE or none"),
-    (["--epochs", 0, "--checkpoint", "none", "--probe-epochs", 0], "nothing to do with --check"),
-    (["--update-interval", 6], "--update-interval 6 is not less than --epochs 6"),
-    (["--out-dir", __file__], "cannot write to --out-dir .*give another one"),
+    (["--patch-size", 5], r"patch_size \(5\) must divide img_size \(32\)"),
+    (["--batch-size", 64], "a step takes 128 images, but there are only 70"),
+    (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
+    (["--blr", "nan"], "--blr must be at least 0, got nan"),
+    (["--lr", 1], "unknown flag --lr: did you mean --blr?"),
+    (["--out_dir", "x"], "unknown flag --out_dir: did you mean --out-dir?"),
+    (["--epoch", 1], "did you mean --epochs?"),
+    (["--mask-ratio", 0.75], "--mask-ratio 0.75 leaves no patch .*also give --throw-ratio 0"),
+    (["--mask-ratio", 0.01], "0 of 16 masked"),
+    (["--masking", "random", "--weights", "uniform"], "uniform needs --masking attention"),
+    (["--update-interval", 6], "--update-interval must be less than --epochs, got 6"),
+    (["--epochs", 0], "--epochs 0 needs a --checkpoint"),
+    (["--checkpoint", "no.pth"], "cannot load no.pth.*No such file"),
+    (["--dataset", "folder", "--data-path", "no"], "no/train"),
+    (["--dataset", "cifar10", "--data-path", "/dev/null"], "cannot find cifar-10-batches-py in"),
 ])
-def test_bad_flags_end_the_run_with_one_line(flags, words, tmp_path):
-    assert re.search(words, error(tmp_path, *flags))
-    assert {path.name for path in tmp_path.iterdir()} <= {".lock"}
-
+def test_a_mistake_is_one_line_that_says_what_must_hold(flags, words, tmp_path, capsys):
+    assert re.search(words, error(capsys, tmp_path, *flags))
 
 @pytest.mark.parametrize("method, unit, low, random, amt_ratios", [
-    ("mae", 1, 0.2, (0.75, 0.0), [(0.45, 0.40)]),
-    ("simmim", 2, 0.67, (0.60, 0.0), [(0.44, 0.26), (0.33, 0.50)]),
-    ("maskfeat", 2, 0.5, (0.40, 0.0), [(0.44, 0.26), (0.33, 0.50)])])
+    ("mae", 1, 0.2, (0.75, 0), (0.45, 0.40)), ("simmim", 2, 0.67, (0.60, 0), (0.44, 0.26)),
+    ("maskfeat", 2, 0.5, (0.40, 0), (0.44, 0.26))])
 def test_a_method_has_the_ratios_and_units_of_the_paper(method, unit, low, random, amt_ratios):
-    expected = dict(random=random, amt=amt_ratios, unit=unit, scale=(low, 1))
-    assert train_cifar.METHODS[method] == expected
-    for masking in train_cifar.STRATEGIES:
-        args = train_cifar.parse_args(["--method", method, "--masking", masking])
-        ratios = amt_ratios[0] if masking == "attention" else random
-        assert (args.mask_ratio, args.throw_ratio, args.mask_unit) == (*ratios, unit)
-    assert (args.update_interval, args.warmup_epochs, args.patch_size) == (40, 40, 4)
-    assert train_cifar.parse_args(["--dataset", "folder", "--model", "vit_huge"]).patch_size == 14
+    found = train_cifar.METHODS[method]
+    assert (found["unit"], found["scale"]) == (unit, (low, 1))
+    for masking, ratios in [("random", random), ("attention", amt_ratios), ("attmask", random)]:
+        args = parse("--method", method, "--masking", masking)
+        assert (args.mask_ratio, args.throw_ratio) == ratios
+    model = train_cifar.build_model(args, train_cifar.load_encoder(args))
+    assert isinstance(model, amt.MAE if method == "mae" else amt.SimMIM)
+    assert method != "mae" or model.norm_pix_loss
+    assert method != "maskfeat" or model.target_fn is amt.hog
 
+def test_defaults_follow_the_dataset_and_the_epochs(capsys):
+    for epochs, interval, warmup in [(400, 40, 40), (60, 6, 6), (24, 4, 2), (2, 1, 0), (1, 1, 0)]:
+        args = train_cifar.parse_args(["--epochs", str(epochs)])
+        assert (args.update_interval, args.warmup_epochs) == (interval, warmup)
+    args = train_cifar.parse_args(["--dataset", "imagenet"])
+    assert (args.model, args.img_size, args.decoder_depth) == ("vit_base", 224, 8)
+    with pytest.raises(SystemExit):
+        train_cifar.parse_args(["--dataset", "shapes", "--help"])
+    said = capsys.readouterr().out
+    assert "epochs of pretraining; 0, with --checkpoint, skips it\n                        " \
+           "(default: 24)" in said and "masking:" in said and "probe_mean" in said
 
 # ==== Pretraining =================================================================================
 
 def test_a_run_writes_its_files(finished):
     assert {path.name for path in finished.iterdir()} == {
-        ".lock", "attention.png", "masking.png", "encoder.pth", "finetuned.pth",
-        *(prefix + name for prefix in PREFIXES for name in ("checkpoint.pth", "log.csv"))}
+        "attention.png", "masking.png", "encoder.pth", "finetuned.pth", "checkpoint.pth", "log.csv",
+        "finetune-checkpoint.pth", "finetune-log.csv"}
     encoder, tuned = load(finished / "encoder.pth"), load(finished / "finetuned.pth")
     assert set(tuned) == {*encoder, "head.weight", "head.bias"}
-    for weights, prefix in [(encoder, ""), (tuned, "finetune-")]:
-        state = load(finished / f"{prefix}checkpoint.pth")["model"]
-        state = {k.removeprefix("encoder."): p for k, p in state.items()}
-        assert all(torch.equal(state[name], p) for name, p in weights.items())
-    more = [["update_seconds", "position_share", "probe_accuracy"],
-            ["test_accuracy", "cached_accuracy"], ["test_accuracy"]]
-    for prefix, epochs, names in zip(PREFIXES, ([*range(1, 7)], [1, 2], [1, 2]), more):
-        header = ["epoch", "loss", "lr", "images_per_second", "seconds", *names]
-        assert [*rows(finished, prefix)[0]] == header
-        assert column(finished, "epoch", prefix) == epochs
-    assert [x is None for x in column(finished, "probe_accuracy")] == [True, True, False] * 2
-    for name in ("test_accuracy", "cached_accuracy"):
-        assert [x is None for x in column(finished, name, "probe-")] == [True, False]
-    # No step of pretraining follows the last row, so both probed the same encoder.
-    assert rows(finished)[-1]["probe_accuracy"] == rows(finished, "probe-")[-1]["cached_accuracy"]
-    assert all(5 < x < 40 for x in column(finished, "test_accuracy", "finetune-"))
+    assert any(not torch.equal(tuned[name], encoder[name]) for name in encoder)
+    assert column(finished, "epoch") == [1, 2, 3, 4, 5, 6]
+    for name, given in [("probe_cls", [3, 6]), ("probe_mean", [3, 6]), ("map_seconds", [2, 4]),
+                        ("position_share", [2, 4])]:
+        assert [i + 1 for i, x in enumerate(column(finished, name)) if x is not None] == given
     assert column(finished, "loss")[-1] < column(finished, "loss")[0] - 0.08
+    assert all(5 < x < 60 for x in column(finished, "test_accuracy", "finetune-"))
+    data, train = load(finished / "checkpoint.pth")["data"], train_cifar.load_data(parse())[0]
+    pixels = train.squares.double() / 255
+    assert data["mean"] == pytest.approx(pixels.mean(dim=(0, 2, 3)).tolist(), abs=1e-5)
+    assert data["std"] == pytest.approx(pixels.std(dim=(0, 2, 3)).tolist(), abs=1e-5)
+    assert data["classes"] == train.classes
 
-
-def test_the_schedule_of_a_run(finished, tmp_path, monkeypatch):
+def test_the_schedule_and_the_step_of_a_run(finished, tmp_path, monkeypatch):
     steps = record(monkeypatch)
-    run(tmp_path, *NO_PROBE)
+    run(tmp_path)
+    monkeypatch.undo()
     assert [step["ratios"] for step in steps] == 8 * [(0.75, 0.0)] + 16 * [(0.45, 0.40)]
-    maps = [step["maps"] for step in steps]
-    assert maps[:8] == 8 * [None] and not torch.equal(maps[8], maps[16])
-    assert all(m is maps[8] for m in maps[8:16]) and all(m is maps[16] for m in maps[16:])
+    assert [step["maps"] is None for step in steps] == 8 * [True] + 16 * [False]
     peak = 4e-3 * 32 / 256                               # after one epoch of warm-up
-    rates = [0, peak / 2, *(peak * (1 + math.cos(math.pi * i / 10)) / 2 for i in range(10))]
-    assert [step["lr"] for step in steps] == pytest.approx([x for x in rates for _ in range(2)])
-    assert column(tmp_path, "lr") == pytest.approx(rates[1::2], rel=1e-3)
-    means = [sum(step["loss"] for step in steps[i:i + 4]) / 4 for i in range(0, 24, 4)]
-    assert column(tmp_path, "loss") == pytest.approx(means, abs=1e-5)
+    rates = [peak / 2, *(peak * (1 + math.cos(math.pi * i / 10)) / 2 for i in range(1, 10, 2))]
+    assert column(tmp_path, "lr") == pytest.approx(rates, rel=1e-3)
+    losses = torch.tensor([step["loss"] for step in steps]).view(6, 4).mean(dim=1)
+    assert column(tmp_path, "loss") == pytest.approx(losses.tolist(), abs=1e-4)
     for a, b in itertools.combinations(steps, 2):
         assert not torch.equal(a["ranking"], b["ranking"])
+        assert not torch.equal(a["theta"], b["theta"])
     assert_same(saved(tmp_path)["model"], saved(finished)["model"])      # probes change nothing
-
+    train = train_cifar.load_data(parse())[0]
+    for step in steps:
+        masked, _, visible = step["sets"]
+        assert step["given"] == {"visible": visible, "masked": masked}
+        squares, _ = step["crops"]
+        crops = amt.crop(squares, step["theta"], 32, "bicubic").clamp(0, 255)
+        torch.testing.assert_close(step["images"], (crops - train.mean) / train.std)
+        if step["maps"] is not None:                     # of these images, cut by the same theta
+            distance = (train.squares[:, None].float() - squares).abs().amax(dim=(2, 3, 4))
+            ids = distance.argmin(dim=0)
+            assert (distance.amin(dim=0) == 0).all()
+            again = amt.crop_weights(step["maps"], step["theta"], 32, 8)
+            torch.testing.assert_close(step["weights"], again)
+            step["ids"] = ids
+    for step in steps[-8:]:
+        assert torch.equal(step["maps"], load(tmp_path / "checkpoint.pth")["maps"][step["ids"]])
+    order = torch.cat([step["ids"] for step in steps[-4:]])
+    assert len(order.unique()) == 64                     # an epoch shows an image once
 
 @pytest.mark.parametrize("masking, method", [
     ("attmask", "mae"), ("mst", "simmim"), ("grid", "mae"), ("block", "maskfeat")])
 def test_strategies_rank_by_the_maps_of_crops_or_without(masking, method, tmp_path, monkeypatch):
     steps = record(monkeypatch)
     run(tmp_path, "--masking", masking, "--method", method, "--epochs", 2, "--update-interval", 1,
-        "--patch-size", 4, "--mask-ratio", 0.5, "--throw-ratio", 0.25, *NO_PROBE)
+        "--patch-size", 4, "--mask-ratio", 0.5, "--throw-ratio", 0.25)
     uses_maps, unit = masking in ("attmask", "mst"), 1 if method == "mae" else 2
     first, N = train_cifar.METHODS[method]["random"] if uses_maps else (0.5, 0.25), 64 // unit ** 2
     assert [step["ratios"] for step in steps] == 4 * [first] + 4 * [(0.5, 0.25)]
+    areas = torch.cat([step["theta"] for step in steps])[:, [0, 1], [0, 1]].abs().prod(dim=1)
+    low = train_cifar.METHODS[method]["scale"][0]
+    assert low < areas.min() * 1.001 < low + 0.1
     for i, step in enumerate(steps):
-        ranking = step["ranking"]
-        assert ranking.shape == (16, N) and len(ranking.unique(dim=0)) > 1
+        assert step["ranking"].shape == (16, N) and len(step["ranking"].unique(dim=0)) > 1
         assert (step["maps"] is not None) == (uses_maps and i >= 4)
-        if step["maps"] is not None:
-            weights = amt.crop_weights(step["maps"][step["ids"]], step["theta"], 32, 4 * unit)
-            assert torch.equal(ranking, train_cifar.STRATEGIES[masking](weights))
-    assert len(tiles(tmp_path / "masking.png")) == (3 if method == "maskfeat" else 4)
-    assert (tmp_path / "attention.png").exists() == uses_maps
+        if uses_maps and i >= 4:
+            ranked = step["weights"].gather(1, step["ranking"]).diff(dim=1)
+            assert (ranked <= 0 if masking == "attmask" else ranked >= 0).all()
 
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_loss_is_that_of_the_model_on_normalised_crops(precision, monkeypatch):
-    steps, args = record(monkeypatch), parse("--patch-size", 4, "--precision", precision)
-    stage = train_cifar.Pretraining(args, train_cifar.load_data(args))
-    unsettle(stage.model)
-    for ids, images, theta in train_cifar.batches(stage, 0):
-        pixels = amt.crop(stage.data.train[ids].float(), theta, 32, "bicubic").clamp(0, 255)
-        torch.testing.assert_close(images, pixels)
-        loss = stage.loss(ids, images, theta).item()
-        masked, _, visible = steps[-1]["sets"]
-        images = stage.data.normalise(images)
-        expected = stage.model(images, visible=visible, masked=masked)[0].item()
-        assert (loss == expected) == (precision == "fp32") and stage.model.norm_pix_loss
-        assert loss == pytest.approx(expected, rel=0.02)
-    pixels = stage.data.normalise(stage.data.train.float())
-    std, mean = torch.std_mean(pixels, dim=(0, 2, 3))
-    assert mean.abs().max() < 1e-3 and (std - 1).abs().max() < 1e-3
-
-
-def test_maps_are_the_attention_of_whole_images_and_weights_change_them(tmp_path):
-    maps, data = {}, train_cifar.load_data(parse())
-    for weights in ("own", "shuffled", "uniform", "debiased"):
-        stage = train_cifar.Pretraining(parse("--out-dir", tmp_path, "--weights", weights), data)
-        unsettle(stage.model)
-        for epoch in (0, 1, 3, 5, 2):                    # of these, an update is due at 2 only
-            assert stage.run["maps"] is None and stage.run["position_share"] == ""
-            stage.start_epoch(epoch)
-        maps[weights] = stage.run["maps"].float()
-        own = amt.attention_maps(stage.model.encoder, data.normalise(data.train.float()))
-        share = (own.mean(dim=0).var() / own.var()).item()
-        assert float(stage.run["position_share"]) == pytest.approx(share, abs=1e-3)
-    torch.testing.assert_close(maps["own"], own, rtol=1e-3, atol=1e-3)
-    assert maps["uniform"].eq(1).all() and maps["uniform"].shape == (70, 4, 4)
-    distance = torch.cdist(maps["shuffled"].flatten(1), own.flatten(1))
+def test_maps_are_the_attention_of_whole_images_and_weights_change_them():
+    args, (train, _) = parse(), train_cifar.load_data(parse())
+    encoder = unsettle(train_cifar.load_encoder(args)).train()
+    own, share = train_cifar.new_maps(args, train, encoder, 2)
+    pixels = (train.squares.float() - train.mean) / train.std
+    assert pixels.mean(dim=(0, 2, 3)).abs().max() < 1e-3
+    torch.testing.assert_close(own, amt.attention_maps(encoder, pixels).half(), rtol=0, atol=2e-3)
+    maps = own.float()
+    assert float(share) == pytest.approx((maps.mean(dim=0).var() / maps.var()).item(), abs=1e-3)
+    assert train_cifar.reweight(maps, "uniform").eq(1).all()
+    torch.manual_seed(0)
+    distance = torch.cdist(train_cifar.reweight(maps, "shuffled").flatten(1), maps.flatten(1))
     source = distance.argmin(dim=1)                      # each is the map of another image
     assert len(source.unique()) == 70 and (source == torch.arange(70)).sum() < 10
-    assert distance.amin(dim=1).max() < 0.01
-    ratio = own / own.mean(dim=0)
+    ratio = maps / maps.mean(dim=0)
     low, high = ratio.amin(dim=(1, 2), keepdim=True), ratio.amax(dim=(1, 2), keepdim=True)
-    torch.testing.assert_close(maps["debiased"], (ratio - low) / (high - low), rtol=0, atol=2e-3)
+    torch.testing.assert_close(train_cifar.reweight(maps, "debiased"),
+                               (ratio - low) / (high - low), rtol=0, atol=2e-3)
 
+def test_pretraining_may_start_from_an_encoder_and_then_has_maps_at_once(tmp_path, monkeypatch):
+    encoder = unsettle(train_cifar.load_encoder(parse()))
+    torch.save(encoder.state_dict(), tmp_path / "e.pth")
+    steps = record(monkeypatch)
+    run(tmp_path / "out", "--checkpoint", tmp_path / "e.pth", "--blr", 0, "--epochs", 3)
+    assert_same(dict(encoder.state_dict()), dict(load(tmp_path / "out" / "encoder.pth")))
+    assert {step["ratios"] for step in steps} == {(0.45, 0.40)}
+    assert all(step["maps"] is not None for step in steps)
 
-def test_only_the_matrices_of_linear_layers_have_weight_decay():
-    model = train_cifar.build_model(parse())
-    optimizer = train_cifar.build_optimizer(model)
+def test_initialization_follows_the_seed_and_only_matrices_have_weight_decay(tmp_path):
+    models = [train_cifar.build_model(parse("--seed", seed), train_cifar.load_encoder(
+        parse("--seed", seed))) for seed in (0, 0, 1)]
+    states = [model.encoder.state_dict()["blocks.0.mlp.fc1.weight"] for model in models]
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+    optimizer = train_cifar.build_optimizer(models[0])
     decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    matrices = {m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    assert decay == {p: 0.05 * (p in matrices) for p in model.parameters() if p.requires_grad}
+    matrices = {m.weight for m in models[0].modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    assert decay == {p: 0.05 * (p in matrices) for p in models[0].parameters() if p.requires_grad}
     assert optimizer.defaults["betas"] == (0.9, 0.95)
 
-
-# ==== Mini-batches ================================================================================
-
-class Drawing(train_cifar.Stage):
-    """A stage that learns nothing. It notes its draws and its gradients."""
-
-    def __init__(self, args, data, name="drawing"):
-        model, self.draws, self.gradients = nn.Linear(1, 1, bias=False), [], []
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        super().__init__(args, data, name, model, optimizer, 1e-9, 3, len(data.train))
-        self.parallel, weight = model, model.weight
-        optimizer.register_step_pre_hook(lambda *_: self.gradients.append(weight.grad.item()))
-        nn.init.ones_(weight)
-
-    def loss(self, ids, images, theta):
-        self.draws.append(tuple(torch.rand(3).tolist()))
-        return self.model.weight.sum() * (1 + 2 * (len(self.draws) % 2))     # 3, 1, 3, 1, ...
-
-
-def test_gradients_are_the_mean_of_the_mini_batches_and_random_numbers_never_repeat(tmp_path):
-    stage = Drawing(parse("--out-dir", tmp_path), train_cifar.load_data(parse()))
-    train_cifar.fit(stage)
-    assert stage.gradients == pytest.approx(6 * [2.0]) and len(set(stage.draws)) == 12
-    assert [float(row["loss"]) for row in stage.run["log"]] == pytest.approx(3 * [2.0])
-
-
-@pytest.mark.parametrize("where", ["memory", "disk"])
-def test_each_epoch_seed_and_stage_draws_its_own_order_and_crops(where, tmp_path):
-    flags = on_disk(make_pictures(tmp_path)) if where == "disk" else []
-    data, seen = train_cifar.load_data(parse(*flags)), []
-    for seed, name, epoch in [(0, "a", 0), (0, "a", 1), (1, "a", 0), (0, "b", 0), (0, "a", 0)]:
-        stage = Drawing(parse(*flags, "--seed", seed), data, name)
-        batches = list(train_cifar.batches(stage, epoch * stage.steps))
-        ids, images, theta = (torch.cat(parts) for parts in zip(*batches))
-        assert len(batches) == 2 * stage.steps and len(ids.unique()) == len(ids)
-        rest = list(train_cifar.batches(stage, epoch * stage.steps + 1))     # of a resumed run
-        assert_same([list(x) for x in batches[2:]], [list(x) for x in rest])
-        seen.append((ids, theta))
-    assert_same(seen.pop(), seen[0])
-    for (a, theta_a), (b, theta_b) in itertools.combinations(seen, 2):
-        assert not torch.equal(a, b)
-        place_a, place_b = (a[:, None] == b).nonzero(as_tuple=True)          # of the same images
-        assert not theta_a[place_a].eq(theta_b[place_b]).flatten(1).all(dim=1).any()
-
-
-@pytest.mark.parametrize("where", ["memory", "disk"])
-def test_randaugment_changes_each_image_in_its_own_way(where, tmp_path):
-    flags = on_disk(make_pictures(tmp_path)) if where == "disk" else []
-    data = train_cifar.load_data(parse(*flags))
-    equal = data.train[9:10]
-    data.train = equal.expand(16, -1, -1, -1) if where == "memory" else 16 * equal
-
-    def crops(augment, seed):
-        torch.manual_seed(seed)                          # decides in memory; on disk the key does
-        batches = list(data.crops(torch.arange(16), (0.9, 1.0), augment, (seed, "finetune", 0)))
-        return [torch.cat(parts) for parts in zip(*batches)]
-
-    (_, plain, theta), (_, augmented, same), (_, again, _) = crops(0, 1), crops(1, 1), crops(1, 1)
-    assert torch.equal(augmented, again) and not torch.equal(augmented, crops(1, 2)[1])
-    assert torch.equal(theta, same)                      # RandAugment does not change the crop
-    assert (augmented - plain).mean(dim=(1, 2, 3)).std() > 4     # of equal images
-
+def test_a_run_says_if_it_has_no_maps_and_how_far_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(train_cifar.SHOWN, "next", 0)
+    monkeypatch.setattr(train_cifar.time, "time", itertools.count(0, 7).__next__)
+    run(tmp_path, "--epochs", 1, "--update-interval", 1)
+    said = capsys.readouterr().out
+    assert "too short for attention maps" in said and "class 9" in said and "'mean': [0." in said
+    pattern = r"pretraining 1/1, step \d/2, loss [\d.]+, \d+ images/s, left \d:\d\d:\d\d \(run "
+    assert re.search(pattern, said) and "encoder.pth" in said.splitlines()[-1]
+    train_cifar.SHOWN["next"] = 0
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "20")
+    train_cifar.show_progress(lambda: 30 * "x")
+    assert capsys.readouterr().out == "\r\033[K" + 19 * "x"
 
 # ==== Linear probe and fine-tuning ================================================================
 
-class ColourEncoder(nn.Module):
-    """[CLS] is the mean colour, shifted and scaled so that only a BatchNorm makes it fit."""
-    embed_dim = 3
-
-    def __init__(self):
-        super().__init__()
-        self.scale, self.seen = nn.Parameter(torch.ones(1)), []
-
-    def forward(self, images):
-        assert not self.training
-        self.seen.append(images)
-        cls = 100 + 1e-3 * self.scale * images.mean(dim=(2, 3))
-        return torch.stack([cls, torch.full_like(cls, math.nan)], dim=1)
-
-
-def colours(n):
-    """n images in four colours, darker on the left, and the colours as labels."""
+def colors(n):
+    """n squares in four colors, darker on the left, and the colors as labels."""
     labels = torch.arange(n) % 4
-    colour = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]])[labels]
-    return (colour[:, :, None, None] * torch.linspace(0.5, 1, 32).expand(32, 32)).byte(), labels
+    color = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]])[labels]
+    return (color[:, :, None, None] * torch.linspace(0.5, 1, 32).expand(32, 32)).byte(), labels
 
+def images_of(args, squares, labels):
+    images = train_cifar.Images(args, labels.tolist(), list("abcd"), squares)
+    images.mean, images.std, images.about = torch.tensor(100.0), torch.tensor(50.0), {}
+    return images
 
-def test_the_probe_trains_a_linear_layer_alone_and_counts_each_test_image_once(tmp_path):
-    args = parse("--accum-steps", 1, "--probe-blr", 8, "--out-dir", tmp_path)
-    images, labels = colours(1)[0].expand(37, -1, -1, -1), torch.zeros(37, dtype=torch.int64)
-    labels[36] = 1                                       # is wrong: 36 of 37 are right
-    data = train_cifar.Images(args, colours(200), (images, labels))
-    encoder = ColourEncoder().train()
-    args.probe_epochs = 10
-    probe = train_cifar.LinearProbe(args, data, encoder)
-    train_cifar.fit(probe)
-    assert column(tmp_path, "test_accuracy", "probe-")[-1] == round(100 * 36 / 37, 2)
-    assert column(tmp_path, "cached_accuracy", "probe-")[-1] == round(100 * 36 / 37, 2)
-    assert encoder.scale.item() == 1 and encoder.scale.grad is None
-    assert set(load(tmp_path / "probe-checkpoint.pth")["model"]) == {
-        "0.running_mean", "0.running_var", "0.num_batches_tracked", "1.weight", "1.bias"}
-    # 120 steps on crops, then whole images: the test images, and for the cached probe all images.
-    train, whole = torch.cat(encoder.seen[:120]), torch.cat(encoder.seen[120:])
-    pixels = torch.cat([images, data.train, images]).float()
-    torch.testing.assert_close(whole, data.normalise(pixels))
-    rise = (train[:, :, :, -1] - train[:, :, :, 0]).sum(dim=(1, 2))
-    assert (rise > 0).float().mean().item() == pytest.approx(0.5, abs=0.06)  # flips
-    assert rise.abs().std() > 0.1 * rise.abs().mean()    # crops
-    assert probe.lr == pytest.approx(8 * 16 / 256) and probe.warmup == 0
-    assert probe.optimizer.defaults["momentum"] == 0.9
+def test_the_probe_reads_both_readouts_of_whole_images(monkeypatch):
+    args, (squares, labels) = parse(), colors(41)
+    labels[40] = 3                                       # is wrong: 40 of 41 are right
+    train, test = images_of(args, *colors(64)), images_of(args, squares, labels)
+    seen = []
 
+    class Encoder(nn.Module):                            # [CLS] tells nothing
+        embed_dim = 3
 
-def test_drop_path_skips_branches_of_whole_images_in_training_and_keeps_the_mean():
-    vit, x = amt.ViT(16, 4, 8, 3, 2), torch.randn(2000, 3, 8, generator=rng())
-    plain = [[block(x), block.attn(x), block.mlp(x)] for block in vit.blocks]
-    train_cifar.add_drop_path(vit, 0.5)
-    for block, results in zip(vit.eval().blocks, plain):
-        assert torch.equal(block(x), results[0])
+        def forward(self, images):
+            assert not self.training and not torch.is_grad_enabled()
+            seen.append(images)
+            patches = images.mean(dim=(2, 3))
+            return torch.stack([torch.zeros_like(patches), patches + 1, patches - 1], dim=1)
+
+    found = train_cifar.linear_probe(args, train, test, Encoder().train())
+    assert found["probe_mean"] == f"{100 * 40 / 41:.2f}" and float(found["probe_cls"]) < 50
+    pixels = torch.cat([train.squares, squares]).float()
+    torch.testing.assert_close(torch.cat(seen), (pixels - 100) / 50)
+
+def test_linear_probe_holds_a_tenth_out_chooses_by_it_and_fits_all_to_convergence(monkeypatch):
+    x, y = torch.randn(200, 5, generator=rng()) * 3 + 7, torch.randint(3, (200,), generator=rng(1))
+    x[:, 0] += 2 * y
+    fits, cross_entropy = [], F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, y: fits.append(
+        (len(y), logits.requires_grad)) or cross_entropy(logits, y))
     torch.manual_seed(0)
-    for block, results, p in zip(vit.train().blocks, plain, (0, 0.25, 0.5)):
-        skipped = (block(x) == x).flatten(1).all(dim=1).float().mean().item()
-        assert skipped == pytest.approx(p ** 2, abs=0.03)        # of images that skip both branches
-        for branch, result in zip((block.attn, block.mlp), results[1:]):
-            kept = (branch(x) / result).round(decimals=3).flatten(1)         # 0 or 1 / (1 - p)
-            assert (kept == kept[:, :1]).all()
-            assert kept.unique().tolist() == pytest.approx([0, 1 / (1 - p)] if p else [1], abs=1e-3)
+    logits = amt.linear_probe(x, y, x)
+    sizes = [n for n, _ in fits]
+    assert set(sizes) == {180, 20, 200} and sizes[-1] == 200 and sizes.index(200) > sizes.index(20)
+    rounds = [n for n, _ in itertools.groupby(sizes)]
+    assert rounds == [*[180, 20] * sizes.count(20), 200] and 2 < sizes.count(20) < 13
+    monkeypatch.undo()
+    # Newton's method in float64 on all images, for the penalty that the number of rounds tells.
+    penalty = 10 ** (-(sizes.count(20) - 1) / 2)
+    z = ((x - x.mean(dim=0)) / x.std(dim=0)).double()
+    w = torch.zeros(3, 6, dtype=torch.float64, requires_grad=True)
 
+    def objective(w):
+        return F.cross_entropy(z @ w[:, :5].T + w[:, 5], y) + penalty * w[:, :5].square().sum()
+
+    for _ in range(30):
+        g = torch.autograd.grad(objective(w), w)[0].flatten()
+        h = torch.autograd.functional.hessian(objective, w).reshape(18, 18)
+        w = (w.detach() - torch.linalg.lstsq(h + 1e-9 * torch.eye(18), g[:, None])[0].view(3, 6))
+        w.requires_grad_()
+    expected = (z @ w[:, :5].T + w[:, 5]).softmax(dim=1).float().detach()
+    torch.testing.assert_close(logits.softmax(dim=1), expected, rtol=0, atol=2e-3)
 
 @pytest.mark.parametrize("flags, decay", [([], 0.75), (["--checkpoint", "none", "--epochs", 0], 1)])
 def test_finetuning_decays_the_rate_by_layer_mixes_smooths_and_crops(flags, decay, tmp_path,
-                                                                    monkeypatch):
+                                                                     monkeypatch):
     args = parse("--depth", 2, "--accum-steps", 1, "--finetune-epochs", 8, "--finetune-blr", 3e-2,
                  "--out-dir", tmp_path, *flags)
-    images, labels = colours(37)
+    squares, labels = colors(37)
     labels[36] += 1                                      # is wrong: 36 of 37 are right
-    data = train_cifar.Images(args, colours(64), (images, labels))
-    pretrained = unsettle(amt.vit_tiny(img_size=32, patch_size=8, depth=2))
-    stage, rates = train_cifar.FineTuning(args, data, pretrained), set()
-    monkeypatch.setattr(train_cifar, "stochastic_depth", lambda x, p, *_: rates.add(p) or x)
-    assert stage.optimizer.defaults["betas"] == (0.9, 0.999)
-    assert 0 < stage.model.head.weight.abs().max() < 1e-3
-    targets, inputs, cross_entropy = [], [], F.cross_entropy
+    train, test = images_of(args, *colors(64)), images_of(args, squares, labels)
+    encoder = unsettle(amt.vit_tiny(img_size=32, patch_size=8, depth=2))
+    targets, inputs, rates, cross_entropy, runs = [], [], set(), F.cross_entropy, []
 
     def entropy(logits, target, label_smoothing):
         targets.append(target)
         assert label_smoothing == 0.1
         return cross_entropy(logits, target, label_smoothing=label_smoothing)
 
+    init = train_cifar.Run.__init__
     monkeypatch.setattr(F, "cross_entropy", entropy)
-    stage.model.register_forward_pre_hook(lambda model, x: inputs.append((*x, model.training)))
-    before = {name: p.clone() for name, p in pretrained.state_dict().items()}
-    train_cifar.fit(stage)
-    assert_same(dict(pretrained.state_dict()), before)
-    assert rates == {0, 0.1}                             # of drop path
-    args.finetune_epochs = 40
-    assert train_cifar.FineTuning(args, data, pretrained).warmup == 2
+    monkeypatch.setattr(train_cifar.Run, "__init__",
+                        lambda self, *x: runs.append(self) or init(self, *x))
+    monkeypatch.setattr(train_cifar, "stochastic_depth",
+                        lambda x, p, mode, training: rates.add((p, mode, training)) or x)
+    encoder.patch_embed.register_forward_pre_hook(
+        lambda module, x: inputs.append(x[0]) if module.training else None)
+    train_cifar.finetune(args, train, test, encoder)
+    assert rates == {(p, "row", training) for p in (0, 0.1) for training in (True, False)}
+    run_, = runs
+    assert run_.optimizer.defaults["betas"] == (0.9, 0.999) and run_.warmup == 0
     last = 3e-2 * 16 / 256 * (0.5 + 0.5 * math.cos(math.pi * 31 / 32))
-    groups = stage.optimizer.param_groups
+    groups = run_.optimizer.param_groups
     rates = {p: group["lr"] / last for group in groups for p in group["params"]}
     layers = {"encoder.cls_token": 0, "encoder.patch_embed": 0, "encoder.blocks.0": 1,
               "encoder.blocks.1": 2, "encoder.norm": 3, "head": 3}
-    for name, p in stage.model.named_parameters():
+    for name, p in run_.model.named_parameters():
         if p.requires_grad:
             layer, = (layer for start, layer in layers.items() if name.startswith(start))
             assert rates[p] == pytest.approx(decay ** (3 - layer))
-    accuracy = column(tmp_path, "test_accuracy", "finetune-")
-    assert accuracy[-1] == round(100 * 36 / 37, 2) and None not in accuracy
-    test = torch.cat([x for x, training in inputs if not training])
-    torch.testing.assert_close(test, data.normalise(images).repeat(8, 1, 1, 1))
-    mixed, train = torch.cat(targets), torch.cat([x for x, training in inputs if training])
+    assert column(tmp_path, "test_accuracy", "finetune-")[-1] == round(100 * 36 / 37, 2)
+    mixed = torch.cat(targets)
     torch.testing.assert_close(mixed.sum(dim=1), torch.ones(512))
     assert 0.2 < (mixed.amax(dim=1) < 0.999).float().mean() < 0.95
-    rows_alike = (train - train[:, :, :1]).abs().amax(dim=(1, 2, 3)) < 1e-3
-    assert 0.2 < rows_alike.float().mean() < 0.9         # CutMix pastes boxes, and MixUp does not
-    rise = (train[:, :, 0, -1] - train[:, :, 0, 0]).amax(dim=1)[rows_alike]
-    assert (rise > 0).any() and (rise <= 0).any()        # flips
+    x = amt.unpatchify(torch.cat(inputs), 8)
+    rise = (x[:, :, 0, -1] - x[:, :, 0, 0]).amax(dim=1)
+    assert (rise > 0.1).any() and (rise < -0.1).any() and rise.abs().std() > 0.1      # flips, crops
 
+@pytest.mark.parametrize("flags", [[], ["--finetune-randaugment"]])
+def test_randaugment_changes_each_image_only_if_asked(flags, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(v2.RandAugment, "forward", lambda self, x: given.append(x) or x)
+    run(tmp_path, "--checkpoint", "none", "--epochs", 0, "--finetune-epochs", 1, *flags)
+    assert [x.dtype for x in given] == len(flags) * 64 * [torch.uint8]
 
-@pytest.mark.parametrize("kind", ["script", "timm", "mae", "other grid"])
-def test_encoders_of_each_kind_load(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["script", "timm", "mae", "dino", "compiled", "other grid"])
+def test_encoders_of_each_kind_load(kind, tmp_path, capsys):
     size = 64 if kind == "other grid" else 32
     encoder = unsettle(amt.vit_tiny(img_size=size, patch_size=4, depth=1))
-    line = (2 * torch.arange(size // 4) + 1) / (size // 4) - 1               # centres of patches
+    line = (2 * torch.arange(size // 4) + 1) / (size // 4) - 1               # centers of patches
     encoder.pos_embed.data[0, 1:, :2] += torch.cartesian_prod(line, line)
     content = state = dict(encoder.state_dict())
-    decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_blocks.0.norm1.bias": torch.zeros(8)}
+    decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 5, 8)}
     if kind == "script":
-        content = {"model": {f"encoder.{k}": p for k, p in state.items()} | decoder, "run": {}}
+        content = {"model": {f"encoder.{k}": p for k, p in state.items()} | decoder, "step": 3}
     if kind == "timm":
         content = state | {"head.weight": torch.zeros(7, 192), "head.bias": torch.zeros(7)}
     if kind == "mae":
         content = {"model": state | decoder, "args": argparse.Namespace(lr=0.1), "epoch": 800}
+    if kind == "dino":
+        content = {"student": {}, "teacher": {f"backbone.{k}": p for k, p in state.items()}
+                   | {"head.mlp.0.weight": torch.zeros(2)}}
+    if kind == "compiled":
+        content = {"state_dict": {f"module._orig_mod.{k}": p for k, p in state.items()}}
     torch.save(content, tmp_path / "saved.pth")
     flags = ["--epochs", 0, "--checkpoint", tmp_path / "saved.pth", "--patch-size", 4]
     loaded = dict(train_cifar.load_encoder(parse(*flags)).state_dict())
     if kind == "other grid":                             # the mean of 2 x 2 is close
         new, old = (x.pop("pos_embed") for x in (loaded, state))
         assert torch.equal(new[:, 0], old[:, 0])
-        old = F.avg_pool2d(old[:, 1:].transpose(1, 2).unflatten(2, (16, 16)), 2)
-        new = new[:, 1:].transpose(1, 2).unflatten(2, (8, 8))
-        torch.testing.assert_close(*(x[:, :2, 1:-1, 1:-1] for x in (new, old)), rtol=0, atol=0.05)
+        old = F.avg_pool2d(old[0, 1:].T.view(1, -1, 16, 16), 2).flatten(2).mT
+        torch.testing.assert_close(new[:, 1:, :2], old[:, :, :2], rtol=0, atol=0.1)
     assert_same(loaded, state)
-    line = error(tmp_path / "out", *flags, "--depth", 2)
-    assert re.search("--checkpoint .* does not load as a ViT .*Missing key.*blocks.1.attn", line)
+    assert "depth 1, embed_dim 192 and patch size 4, got one with 2, 192 and 8" in error(
+        capsys, tmp_path / "out", *flags[:4], "--depth", 2)
 
-
-# ==== Pictures, benchmark, printed lines ==========================================================
-
-def tiles(path):
-    """The pictures (rows, columns, 3, 32, 32), 0 to 255, of a grid."""
-    pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[:, 4:, 4:]
-    pixels = pixels.unfold(1, 132, 132).unfold(2, 132, 132)[..., :128:4, :128:4]
-    return pixels.permute(1, 2, 0, 3, 4).float()
-
-
-def test_masking_png_shows_masked_patches_grey_and_thrown_ones_black(finished):
-    shown, heat, hidden, predicted = tiles(finished / "masking.png")
-    updates = tiles(finished / "attention.png")
-    assert torch.equal(updates[0], shown) and len(updates) == 3
-    data, encoder = train_cifar.load_data(parse()), amt.vit_tiny(32, 8, depth=1)
-    distance = torch.cdist(shown.flatten(1), data.test.flatten(1).float())
-    assert distance.amin(dim=1).max() == 0               # these are test images
-    encoder.load_state_dict(load(finished / "encoder.pth"))
-    maps = amt.attention_maps(encoder, data.normalise(shown))
-    expected = torch.stack([3 * maps, 3 * maps - 1, 3 * maps - 2], dim=1).clamp(0, 1)
-    torch.testing.assert_close(heat[:, :, 4::8, 4::8] / 255, expected, rtol=0, atol=0.01)
-    shown, hidden, predicted = (amt.patchify(x, 8) for x in (shown, hidden, predicted))
-    masked, thrown = (hidden == 128).all(dim=2), (hidden == 0).all(dim=2)
-    visible = ~masked & ~thrown
-    assert masked.sum(dim=1).tolist() == 8 * [7] and thrown.sum(dim=1).tolist() == 8 * [6]
-    assert torch.equal(hidden[visible], shown[visible])
-    assert maps.flatten(1)[masked].mean() > maps.flatten(1)[visible].mean() + 0.1
-    assert torch.equal(predicted[~masked], hidden[~masked])
-    assert (predicted[masked].mean(dim=1) - shown[masked].mean(dim=1)).abs().mean() < 15
-
-
-@pytest.mark.parametrize("method", ["mae", "simmim"])
-def test_the_benchmark_prints_a_row_for_each_ratio(method, tmp_path, monkeypatch, capsys):
-    def blocks(T, D):
-        """qkv, proj, mlp, q k^T and a v; the gradients cost twice as much as the forward pass."""
-        return 3 * 2 * (12 * T * D ** 2 + 2 * T ** 2 * D)
-
-    steps = record(monkeypatch)
-    run(tmp_path / "none", "--benchmark", "--method", method, "--batch-size", 4, "--patch-size", 4)
-    title, _, *lines, update = capsys.readouterr().out.replace(",", "").splitlines()
-    assert not (tmp_path / "none").exists() and f"{method} vit_tiny 32 pixels" in title
-    ratios = [train_cifar.METHODS[method]["random"], *train_cifar.METHODS[method]["amt"]]
-    assert [line.split()[0] for line in lines] == ["random", *(len(ratios) - 1) * ["attention"]]
-    unit, operations = 1 if method == "mae" else 4, []
-    for line, pair in zip(lines, ratios):
-        mask, throw, ms, images, gflop, of_time, of_gflop = map(float, re.findall(r"[\d.]+", line))
-        units = 64 // unit
-        M = unit * round(units * mask)
-        K = 64 - M - unit * round(units * throw)
-        if method == "mae":                              # images have no gradient
-            operations.append(blocks(1 + K, 192) + 4 * K * 48 * 192 + blocks(1 + K + M, 32)
-                              + 6 * ((1 + K) * 192 * 32 + M * 32 * 48))
-        else:
-            operations.append(blocks(1 + K + M, 192) + 4 * K * 48 * 192 + 6 * M * 192 * 48)
-        first_ms = ms if pair == ratios[0] else first_ms
-        assert of_time == pytest.approx(ms / first_ms, abs=0.01)
-        assert (mask, throw) == pair and images == pytest.approx(4e3 / ms, rel=0.05)
-        assert gflop == pytest.approx(operations[-1] / 1e9, abs=6e-4)
-        assert of_gflop == pytest.approx(operations[-1] / operations[0], abs=6e-3)
-    assert re.match(r"update of the attention maps: [\d.]+ images/s", update)
-    assert {(step["maps"] is not None, step["ratios"]) for step in steps} == {
-        (i > 0, pair) for i, pair in enumerate(ratios)}
-
-
-def test_a_line_is_printed_each_minute_and_the_log_counts_each_second_once(tmp_path, monkeypatch,
-                                                                           capsys):
-    now, update, loss = [1e9], amt.dataset_maps, train_cifar.Pretraining.loss
-    monkeypatch.setattr(train_cifar.time, "time", lambda: now[0])
-    monkeypatch.setattr(train_cifar.progress, "last", now[0])
-
-    def taking(seconds, function):
-        def slow(*args):
-            now[0] += seconds
-            return function(*args)
-        return slow
-
-    monkeypatch.setattr(amt, "dataset_maps", taking(100, update))
-    monkeypatch.setattr(train_cifar.Pretraining, "loss", taking(10, loss))
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        at_call(patch, "Pretraining", 13, lambda x: os.kill(os.getpid(), signal.SIGTERM) or x)
-        run(tmp_path, *NO_PROBE)
-    train_cifar.SIGNALS.clear()
-    now[0] += 5000
-    run(tmp_path, "--resume", *NO_PROBE)
-    assert column(tmp_path, "seconds") == pytest.approx([40, 40, 140, 40, 140, 40])
-    assert column(tmp_path, "update_seconds") == pytest.approx([0, 0, 100, 0, 100, 0])
-    assert column(tmp_path, "images_per_second") == 6 * [2]                  # 64 images in 40 s
-    lines = re.findall(r"epoch (\d) of 6, step (\d) of 2", capsys.readouterr().out)
-    assert lines == [("2", "1"), ("3", "1"), ("4", "2"), ("5", "1"), ("6", "2")]
-
-
-# ==== Data sets ===================================================================================
-
-def picture(width, height, seed=0):
-    """A smooth random image. No two places in it look alike."""
-    small = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-
+# ==== Data ========================================================================================
 
 def make_pictures(root):
-    """A folder of two classes: 37 training and 7 test images of many sizes and modes."""
-    kinds = itertools.cycle(["RGB", "L", "CMYK", "P", "RGBA", "LA", "1"])
-    for i, kind in zip(range(44), kinds):
-        image = picture(20 + 7 * i, 300 - 6 * i, i)
-        path = root / ("train" if i < 37 else "val") / f"n{i % 2}" / str(i)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        suffix = ".JPEG" if kind in ("RGB", "L", "CMYK") else ".png"
-        image.convert(kind).save(path.with_suffix(suffix))
+    """Pictures whose red rises from left to right and whose green rises from top to bottom."""
+    for i, (w, h) in enumerate([(90, 60), (40, 100), (64, 64), (300, 200)] * 5):
+        kind = root / ("train" if i < 16 else "val") / "ab"[i % 2]
+        kind.mkdir(parents=True, exist_ok=True)
+        x = np.broadcast_to(np.linspace(0, 255, w), (h, w))
+        y = np.broadcast_to(np.linspace(0, 255, h)[:, None], (h, w))
+        image = Image.fromarray(np.stack([x, y, np.full((h, w), 10 * i)], 2).astype(np.uint8))
+        image.save(kind / f"{i}.{'jpg' if i % 4 == 3 else 'png'}", quality=95)
     return root
 
-
 def on_disk(root, *flags):
-    return ["--dataset", "imagenet", "--data-path", root, "--model", "vit_tiny", "--batch-size", 6,
-            "--blr", 3e-2, *flags]
+    return ["--dataset", "imagenet", "--data-path", root, "--model", "vit_tiny", "--batch-size", 4,
+            "--square-size", 48, "--accum-steps", 1, *flags]
 
+@pytest.mark.parametrize("dataset", ["imagenet", "folder"])
+def test_files_become_squares_and_crops_show_what_torchvision_would(dataset, tmp_path):
+    args = parse(*on_disk(make_pictures(tmp_path)), "--dataset", dataset)
+    train, test = train_cifar.load_data(args)
+    assert (train.squares is None) == (dataset == "imagenet")
+    assert (len(train), len(test), train.classes) == (16, 4, ["a", "b"])
+    assert train.labels.tolist() == 8 * [0] + 8 * [1] and test.labels.tolist() == [0, 0, 1, 1]
+    assert train.about["mean"] == [0.485, 0.456, 0.406]
+    assert train.about["std"] == [0.229, 0.224, 0.225]
+    files = sorted((tmp_path / "train/a").iterdir()) + sorted((tmp_path / "train/b").iterdir())
+    order = torch.randperm(16, generator=rng()).split(5)
+    read = list(train.read(order))
+    assert [ids.tolist() for ids, _, _ in read] == [ids.tolist() for ids in order]
+    for ids, squares, ratio in read:
+        theta = amt.random_crops(len(ids), generator=rng(3), image_ratio=ratio)
+        crops = amt.crop(squares, theta, 32, "bicubic")
+        for i, crop, (row_x, row_y) in zip(ids, crops, theta.tolist()):
+            image = Image.open(files[i])
+            assert crop[2].mean().item() == pytest.approx(10 * int(files[i].stem), abs=3)
+            shown = (np.array(image)[:, :, :2].astype(float), image.size)
+            w, h = abs(row_x[0]), row_y[1]
+            left, top = (1 + row_x[2] - w) / 2, (1 + row_y[2] - h) / 2
+            assert 0.74 < w * image.width / (h * image.height) < 1.34 or max(w, h) == 1
+            red = crop[0, 16, [4, 27]] if row_x[0] > 0 else crop[0, 16, [27, 4]]
+            x = left + w * torch.tensor([4.5, 27.5]) / 32
+            y = top + h * torch.tensor([4.5, 27.5]) / 32
+            torch.testing.assert_close(red, 255 * x, rtol=0, atol=8)
+            torch.testing.assert_close(crop[1, [4, 27], 16], 255 * y, rtol=0, atol=8)
+    (_, squares, ratio), = test.read([torch.arange(4)])
+    central = test.central(squares, ratio) * test.std + test.mean
+    for i, (w, h) in enumerate([(90, 60), (64, 64), (40, 100), (300, 200)]):
+        half = 0.875 * min(w, h) / w / 2
+        ends = 255 * (0.5 + half * (2 * torch.tensor([4.5, 27.5]) / 32 - 1))
+        torch.testing.assert_close(central[i, 0, 16, [4, 27]], ends, rtol=0, atol=8)
 
-def opened(path):
-    with Image.open(path) as file:
-        return file.convert("RGB")
+def test_draft_never_decodes_smaller_than_the_square(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (400, 600, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((600, 400)).save(tmp_path / "a.jpg")
+    images = train_cifar.Images(parse(*on_disk(tmp_path)), [0], ["a"], files=["a.jpg"])
+    sizes, resize = [], v2.functional.resize
+    monkeypatch.setattr(v2.functional, "resize",
+                        lambda x, *rest: sizes.append(tuple(x.shape)) or resize(x, *rest))
+    for size, decoded in [(48, (3, 50, 75)), (51, (3, 100, 150)), (300, (3, 400, 600))]:
+        images.args.square_size = size
+        assert images.decode(str(tmp_path / "a.jpg"))[0].shape == (size, size, 3)
+        assert sizes[-1] == decoded
 
-
-def box_of(theta, size):
-    """The box (left, top, right, bottom), in pixels, that theta describes."""
-    side, middle = theta[[0, 1], [0, 1]].abs(), theta[:, 2] + 1
-    return torch.cat([middle - side, middle + side]) / 2 * torch.tensor(2 * size)
-
-
-def resized(image, box, size=32, flip=False):
-    """The box of an image as Pillow resizes it: (3, size, size)."""
-    box = torch.as_tensor(box).clamp(min=0).tolist()
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box)
-    image = ImageOps.mirror(image) if flip else image
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_theta_says_which_part_of_an_image_on_disk_is_shown(workers, tmp_path):
-    data = train_cifar.load_data(parse(*on_disk(make_pictures(tmp_path), "--workers", workers)))
-    order = torch.randperm(37, generator=rng())
-    batches = data.crops(order, (0.2, 1.0), False, (0, "pretraining", 0))
-    ids, images, thetas = (torch.cat(parts) for parts in zip(*batches))
-    areas = (thetas[:, 0, 0] * thetas[:, 1, 1]).abs()
-    assert torch.equal(ids, order) and images.shape == (37, 3, 32, 32)
-    assert areas.min() > 0.12 and areas.std() > 0.1 and 8 < (thetas[:, 0, 0] < 0).sum() < 29
-    for i, image, theta in zip(ids.tolist(), images, thetas):
-        whole = opened(data.train[i])
-        aspect = whole.width / whole.height * (theta[0, 0] / theta[1, 1]).abs()
-        assert 0.7 < aspect < 1.42 or theta[[0, 1], [0, 1]].abs().max() > 0.95
-        expected = resized(whole, box_of(theta, whole.size), flip=theta[0, 0] < 0)
-        dithered = int(Path(data.train[i]).stem) % 7 == 6                   # mode "1"
-        assert (image - expected).abs().mean() < (20 if dithered else 6)
-    for split, paths, labels in [("train", data.train, data.train_labels),
-                                 ("test", data.test, data.test_labels)]:
-        assert labels.tolist() == [int("/n1/" in path) for path in paths]
-        ids = torch.arange(len(paths) - 1, 0, -2)
-        batches = list(data.whole(split, ids))
-        assert torch.equal(torch.cat([part for part, _ in batches]), ids)
-        for i, image in zip(ids.tolist(), torch.cat([images for _, images in batches])):
-            whole = opened(paths[i])
-            (W, H), side = whole.size, 0.875 * min(whole.size)               # a central square
-            box = [(W - side) / 2, (H - side) / 2, (W + side) / 2, (H + side) / 2]
-            expected = resized(whole, [0, 0, W, H] if split == "train" else box)
-            assert (image - expected).abs().mean() < 6
-    mean = data.normalise(torch.tensor([124.0, 116, 104])[:, None, None])
-    assert mean.abs().max() < 0.01
-
-
-def test_a_crop_is_of_the_nearest_whole_pixels_and_of_one_at_least(tmp_path):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 9, 3), dtype=np.uint8))
-    image.save(tmp_path / "a.png")
-    for seed, scale in itertools.product(range(20), [(0.05, 0.1), (0.2, 1.0)]):
-        _, pixels, theta = train_cifar.Decoder((tmp_path / "a.png",), 32, scale, False, (seed,))[0]
-        g = rng(train_cifar.seed_of((seed,), 0))
-        drawn, = amt.random_crops(1, scale, generator=g, image_ratio=9 / 4)
-        box = box_of(theta, (9, 4)).round()
-        torch.testing.assert_close(box_of(theta, (9, 4)), box, rtol=0, atol=1e-4)
-        one_pixel = (box[2:] - box[:2] == 1).repeat(2)
-        assert (box[:2] >= 0).all() and (box[2:] > box[:2]).all()
-        assert (((box - box_of(drawn, (9, 4))).abs() < 0.501) | one_pixel).all()
-        part = image.crop(box.int().tolist())            # Pillow would blur beyond the box
-        expected = resized(part, [0, 0, *part.size], flip=theta[0, 0] < 0)
-        assert (expected - pixels.permute(2, 0, 1)).abs().max() <= 2
-        assert (theta[0, 0] < 0) == (drawn[0, 0] < 0)
-
-
-def test_a_large_jpeg_is_decoded_no_larger_than_its_crop_needs(tmp_path, monkeypatch):
-    decoded, load_prepare, path = [], JpegImageFile.load_prepare, tmp_path / "a.jpg"
-    picture(1000, 600).save(path)
-    whole = opened(path)
-    monkeypatch.setattr(JpegImageFile, "load_prepare",
-                        lambda self: decoded.append(self.size) or load_prepare(self))
-    for seed in range(40):
-        _, pixels, theta = train_cifar.Decoder((path,), 64, (0.005, 1.0), False, (seed,))[0]
-        scale = decoded[-1][0] / 1000
-        needed = (theta[[0, 1], [0, 1]].abs() * torch.tensor(whole.size) * scale).min()
-        assert needed > 63 and (needed < 2 * 65 or scale == 1 / 8)
-        expected = resized(whole, box_of(theta, whole.size), 64, theta[0, 0] < 0)
-        assert (pixels.permute(2, 0, 1) - expected).abs().mean() < 3
-    assert set(decoded) == {(1000, 600), (500, 300), (250, 150), (125, 75)}
-
-
-def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
+def test_files_that_cannot_be_used_are_named_and_reading_can_be_left(tmp_path, capsys):
     root = make_pictures(tmp_path / "images")
-    broken, wide = root / "train" / "n1" / "1.JPEG", root / "train" / "n0" / "wide.png"
-    Image.fromarray(np.zeros((9, 9), np.uint16)).save(wide)
-    for path, words in [(wide, "mode I;16 has more than 8 bits"), (broken, "truncated")]:
-        for dataset, workers in [("folder", 0), ("imagenet", 0), ("imagenet", 2)]:
-            flags = [*on_disk(root), "--dataset", dataset, "--workers", workers]
-            if workers:                                  # they must let the program end
-                codes, line = processes(tmp_path, [["--out-dir", tmp_path / path.stem, *flags]])
-                assert codes == [1] and "Traceback" not in line
-            else:
-                line = error(tmp_path / "out", *flags)
-            assert f"error: cannot decode {path} (" in line and words in line and "remove" in line
-        wide.unlink(missing_ok=True)
-        broken.write_bytes(broken.read_bytes()[:1000])
+    train = train_cifar.load_data(parse(*on_disk(root)))[0]
+    reading = train.read(torch.arange(16).split(4))
+    next(reading)
+    reading.close()                                      # ends the threads
+    (root / "train/a/0.png").write_bytes((root / "train/a/2.png").read_bytes()[:-300])
+    assert "cannot decode" in error(capsys, tmp_path / "o", *on_disk(root))
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(root / "train/a/0.png")
+    assert "0.png: mode I;16 has more than 8 bits" in error(capsys, tmp_path / "o", *on_disk(root))
+    (root / "train/a/0.png").unlink()
+    (root / "train/a").rename(root / "train/c")
+    said = error(capsys, tmp_path / "p", *on_disk(root))
+    assert "val has classes that train/ has not: {'a'}" in said
+    shutil.rmtree(root / "val")
+    shutil.rmtree(root / "train/b")
+    run(tmp_path / "q", *on_disk(root), "--epochs", 3)   # one class and no val/ are enough
+    assert column(tmp_path / "q", "probe_cls") == [None, None, None]
+    assert "needs two classes" in error(capsys, tmp_path / "r", *on_disk(root), "--epochs", 0,
+                                        "--checkpoint", "none", "--finetune-epochs", 1)
 
-
-@pytest.mark.parametrize("dataset", ["folder", "tiny-imagenet"])
-def test_folders_are_decoded_once_to_central_squares_with_the_labels_of_train(dataset, tmp_path):
-    """n01 is red and n02 is green. val has no n01. Blue rises from left to right."""
-    tiny = dataset == "tiny-imagenet"
-    for i in range(37):
-        kind = "val/" + ("images" if tiny else "n02") if i > 33 else f"train/n0{1 + i % 2}/images"
-        pixels = np.zeros((64, 128, 3), np.uint8)
-        pixels[:, :, 1 if i > 33 else i % 2], pixels[:, :, 2] = 100 + i, np.arange(128)
-        (tmp_path / kind).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(tmp_path / kind / f"{i}.png")
-    lines = "".join(f"{i}.png\tn02\t0\t0\t62\t62\n" for i in (36, 34, 35))
-    (tmp_path / "val" / "val_annotations.txt").write_text(lines)
-    flags = ["--dataset", dataset, "--data-path", tmp_path, "--batch-size", 8]
-    data = train_cifar.load_data(parse(*flags))
-    assert isinstance(data, train_cifar.Images) and data.classes == 2
-    colour = data.train.amax(dim=(2, 3))
-    for label, first in [(0, 100), (1, 101)]:
-        assert sorted(colour[data.train_labels == label, label]) == [*range(first, 134, 2)]
-    assert data.test[:, 1, 0, 0].tolist() == ([136, 134, 135] if tiny else [134, 135, 136])
-    assert data.test_labels.tolist() == [1, 1, 1]
-    assert (data.train[:, 2] - (torch.arange(32) * 2 + 32.5)).abs().max() <= 1.5
-    (tmp_path / "val").rename(tmp_path / "test")
-    assert f"--data-path {tmp_path} does not have the layout" in error(tmp_path / "out", *flags)
-
+def test_tiny_imagenet_has_its_own_validation_labels(tmp_path):
+    root = make_pictures(tmp_path)
+    (root / "val/images").mkdir()
+    for file in [*root.glob("val/a/*"), *root.glob("val/b/*")]:
+        file.rename(root / "val/images" / file.name)
+    (root / "val/a").rmdir(), (root / "val/b").rmdir()
+    names = sorted(file.name for file in root.glob("val/images/*"))
+    lines = [f"{name}\t{kind}\t0\t0\t9\t9" for name, kind in zip(names, "baab")]
+    (root / "val/val_annotations.txt").write_text("\n".join(lines))
+    _, test = train_cifar.load_data(parse(*on_disk(root), "--dataset", "tiny-imagenet"))
+    assert test.labels.tolist() == [1, 0, 0, 1]
 
 class Fake:
     """A download of torchvision: 40 images to train on, of which 17 have labels, and 4 to test."""
-    base_folder, calls, targets = "fake", [], [i % 3 for i in range(40)]
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    pixels, base_folder, classes = np.zeros((40, 32, 32, 3), np.uint8), "fake", list("abc")
+    pixels[:, :, :, :2] = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 2))   # blue is 0
 
     def __init__(self, root, train=True, split="train+unlabeled", download=False):
-        self.calls.append((split, download))
         n = 4 if split == "test" or not train else 40
-        self.data, self.targets = self.pixels[:n], self.targets[:n]
+        self.data, self.targets = self.pixels[:n], [i % 3 for i in range(n)]
         if root == "stl10":
             self.data = self.data.transpose(0, 3, 1, 2)
             self.labels = np.array([x if i < 17 else -1 for i, x in enumerate(self.targets)])
 
-
-@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "STL10"])
-def test_downloads_are_torchvisions_and_only_images_with_labels_are_probed(name, tmp_path,
-                                                                          monkeypatch):
-    flags = ["--dataset", name.lower(), "--data-path", name.lower()]
-    n = 17 if name == "STL10" else 40
-    with monkeypatch.context() as patch:
-        patch.setattr(train_cifar, name, Fake)
-        kinds = ["Pretraining", "LinearProbe", "FineTuning"]
-        steps = [record(patch, getattr(train_cifar, kind)) for kind in kinds]
-        data, pixels = train_cifar.load_data(parse(*flags)), Fake.pixels.transpose(0, 3, 1, 2)
-        assert np.array_equal(data.train, pixels) and np.array_equal(data.test, pixels[:4])
-        assert data.train_labels.tolist() == Fake.targets[:n] and data.classes == 3
-        assert data.test_labels.tolist() == [0, 1, 2, 0] and data.test_labels.dtype == torch.int64
-        run(tmp_path, *flags, "--batch-size", 8, "--epochs", 3, "--finetune-epochs", 1)
-        all_ids, *others = [{i for step in kind for i in step["ids"]} for kind in steps]
-        assert max(all_ids) > 34 and all(len(ids) > 12 and max(ids) < n for ids in others)
-
-    def offline(self):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(getattr(train_cifar, name), "download", offline)
-    line = error(tmp_path / "out", *flags)
-    assert f"--data-path {name.lower()} (no route to host)" in line and "connect to the" in line
-
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
+def test_downloads_are_torchvisions_and_only_images_with_labels_are_finetuned(name, tmp_path,
+                                                                              monkeypatch):
+    real, *splits = train_cifar.DOWNLOADS[name]
+    assert real.__name__.lower() == name
+    fake = type("STL10" if name == "stl10" else "CIFAR", (Fake,), {})
+    monkeypatch.setitem(train_cifar.DOWNLOADS, name, (fake, *splits))
+    monkeypatch.setattr(train_cifar, "STL10", fake if name == "stl10" else None)
+    flags = ["--dataset", name, "--data-path", name]
+    (train, test), pixels = train_cifar.load_data(parse(*flags)), Fake.pixels.transpose(0, 3, 1, 2)
+    assert np.array_equal(train.squares, pixels) and np.array_equal(test.squares, pixels[:4])
+    n = 17 if name == "stl10" else 40
+    assert train.labels.tolist() == [i % 3 for i in range(n)] and test.labels.dtype == torch.int64
+    read, seen = train_cifar.Images.read, []
+    monkeypatch.setattr(train_cifar.Images, "read", lambda self, batches, text="": (
+        seen.append(max(map(max, batches)).item()) if len(batches) > 1 else None) or read(
+            self, batches, text))
+    run(tmp_path, *flags, "--batch-size", 8, "--epochs", 3, "--finetune-epochs", 1,
+        "--img-size", 16, "--patch-size", 4)
+    assert max(seen) > 34 and seen[-1] < n               # a constant channel did not give nan
 
 def test_neither_the_outline_nor_the_texture_of_a_shape_tells_its_class():
-    images, labels = train_cifar.shapes(600, seed=3)
+    shapes = SHAPES(parse(), 600, 3)
+    images, labels = shapes.squares, shapes.labels
     assert images.shape == (600, 3, 32, 32) and labels.bincount().tolist() == 10 * [60]
-    assert torch.equal(images, train_cifar.shapes(600, seed=3)[0])
     outlines, textures = torch.zeros(2, 10, 32, 32)
-    # The object has the two colours, a dark and a light one, that most pixels have.
+    # The object has the two colors, a dark and a light one, that most pixels have.
     for image, label in zip(images.long(), labels):
         code = (image * torch.tensor([65536, 256, 1])[:, None, None]).sum(dim=0)
         values, counts = code.unique(return_counts=True)
@@ -1405,233 +1242,141 @@ def test_neither_the_outline_nor_the_texture_of_a_shape_tells_its_class():
         far = ((textures[c] - textures[:5]).abs() * both).sum(dim=(1, 2)) / both.sum(dim=(1, 2))
         assert far.argmin() == (c + 1) % 5               # has the texture of another class
 
-
 # ==== Runs that are stopped, and several processes ================================================
 
-@pytest.mark.parametrize("kind, call, number, given, prefix, step", [
-    ("Pretraining", 13, signal.SIGTERM, [], "", 7),      # in the middle of epoch 4
-    ("Pretraining", 8, signal.SIGINT, [], "", 4),        # at the end of epoch 2, before new maps
-    ("LinearProbe", 5, signal.SIGHUP, [""], "probe-", 3),
-    ("FineTuning", 3, signal.SIGINT, ["", "probe-"], "finetune-", 2)])
+@pytest.mark.parametrize("call, number, prefix, step", [
+    (13, signal.SIGTERM, "", 7),                         # in the middle of epoch 4
+    (8, signal.SIGINT, "", 4),                           # at the end of epoch 2, before new maps
+    (24 + 3, signal.SIGHUP, "finetune-", 2)])
 def test_a_run_that_a_signal_stops_ends_as_an_unbroken_one_once_resumed(
-        kind, call, number, given, prefix, step, finished, tmp_path, monkeypatch, capsys):
-    for name in (stage + name for stage in given for name in ("checkpoint.pth", "log.csv")):
-        shutil.copy(finished / name, tmp_path)           # this stage has ended
+        call, number, prefix, step, finished, tmp_path, monkeypatch, capsys):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    before, made, new_maps = signal.getsignal(number), [], train_cifar.new_maps
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
-        at_call(patch, kind, call, lambda loss: os.kill(os.getpid(), number) or loss)
-        run(tmp_path, *ALL_STAGES, *(["--resume"] if given else []))
-    assert caught.value.code == 128 + number
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith(f"stopped by {number.name} after step ") and "--resume" in last
-    assert load(tmp_path / f"{prefix}checkpoint.pth")["run"]["step"] == step
-    train_cifar.SIGNALS.clear()
-    later = kind != "Pretraining"
-    run(tmp_path, "--resume", *(ALL_STAGES if later else ["--probe-every", 3, *NO_PROBE]))
-    for stage in PREFIXES if later else [""]:
-        assert_same(saved(tmp_path, stage), saved(finished, stage))
-    for name in ["finetuned.pth"] if later else ["encoder.pth"]:
+        at_crop(patch, call, lambda: [os.kill(os.getpid(), number) for _ in range(2)])
+        run(tmp_path, *ALL_STAGES)
+    assert caught.value.code == 128 + number and signal.getsignal(number) == before
+    assert "the same command with --resume continues" in capsys.readouterr().out
+    assert load(tmp_path / f"{prefix}checkpoint.pth")["step"] == step
+    monkeypatch.setattr(train_cifar, "new_maps", lambda *x: made.append(x[3]) or new_maps(*x))
+    run(tmp_path, "--resume", *ALL_STAGES)               # in the same process: a notebook
+    assert made == {7: [4], 4: [2, 4], 2: []}[step]      # a resume within an epoch makes none
+    for name in ("", "finetune-"):
+        assert_same(saved(tmp_path, name), saved(finished, name))
+    for name in ("encoder.pth", "finetuned.pth"):
         assert_same(load(tmp_path / name), load(finished / name))
 
+@pytest.mark.parametrize("where", [b"", b"half a checkpoint"])
+def test_a_run_killed_before_or_while_it_saves_ends_as_an_unbroken_one(where, finished, tmp_path,
+                                                                       monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        at_crop(patch, 21, lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+        run(tmp_path, *ALL_STAGES)
+    (tmp_path / "checkpoint.pth.part").write_bytes(where)
+    assert load(tmp_path / "checkpoint.pth")["step"] in (8, 10)
+    run(tmp_path, "--resume", *ALL_STAGES)
+    assert_same(saved(tmp_path), saved(finished))
 
-LATER = "now = train_cifar.time.time; train_cifar.time.time = lambda: now() + 2"
-
-
-def test_a_run_killed_by_a_second_signal_ends_as_an_unbroken_one_once_resumed(finished, tmp_path):
-    out, code = tmp_path / "out", f"{SEND('SIGTERM')}; {LATER}; {SEND('SIGTERM')}"
-    codes, _ = processes(tmp_path, [["--out-dir", out, "--save-every", 2]], (0, 13, code))
-    assert codes == [143]
-    assert load(out / "checkpoint.pth")["run"]["step"] == 4
-    (out / "log.csv").open("a").write("5,0.1")           # a row that the kill cut short
-    run(out, "--resume", "--probe-every", 3, *NO_PROBE)
-    assert_same(saved(out), saved(finished))
-
-
-def test_a_signal_to_one_process_stops_both_and_one_process_can_resume(finished, tmp_path):
-    flags = ["--accum-steps", 1, "--probe-every", 3, "--out-dir", tmp_path / "out"]
-    twice = f"{SEND('SIGTERM')}; {SEND('SIGTERM')}"      # as torchrun and Slurm do
-    codes, said = processes(tmp_path, [flags, flags], (1, 7, twice))
-    assert codes == [143, 143] and "stopped by SIGTERM after step 7 of pretraining" in said
-    out = run(tmp_path / "out", "--resume", *NO_PROBE)
-    one, other = saved(out), saved(finished)
-    assert_close_models(one, other)
-    assert_same(one["run"]["maps"].float(), other["run"]["maps"].float(), rtol=0, atol=1e-2)
-    assert column(out, "loss") == pytest.approx(column(finished, "loss"), rel=1e-4)
-
-
-def test_two_processes_with_workers_do_what_one_process_does(tmp_path):
-    disk = on_disk(make_pictures(tmp_path / "images"), "--epochs", 2, "--update-interval", 1,
-                   "--probe-epochs", 1, "--finetune-epochs", 1, "--finetune-randaugment",
-                   "--finetune-blr", 3e-2, "--method", "simmim")
-    one, two = run(tmp_path / "one", *disk), tmp_path / "two"
-    flags = [*disk, "--accum-steps", 1, "--workers", 2, "--out-dir", two]
-    codes, said = processes(tmp_path, [flags, flags])
-    assert codes == [0, 0] and said.count("pretraining: epoch 2") == 1, said
+def test_two_processes_do_what_one_does_and_one_can_resume_them(tmp_path):
+    one, two = run(tmp_path / "one", "--finetune-epochs", 1, "--accum-steps", 4, "--probe-every", 2,
+                   "--batch-size", 8), tmp_path / "two"
+    flags = ["--finetune-epochs", 1, "--batch-size", 8, "--probe-every", 2, "--out-dir", two]
+    stop = "os.kill(os.getpid(), signal.SIGTERM)"
+    codes, said = processes(tmp_path, flags, flags, at=(1, 13, stop))
+    assert codes == 2 * [128 + signal.SIGTERM], said
+    assert load(two / "checkpoint.pth")["step"] == 7
+    run(two, *flags, "--accum-steps", 4, "--resume")
     for prefix in ("", "finetune-"):
-        assert_close_models(saved(one, prefix), saved(two, prefix))
+        a, b = ({k: p for k, p in saved(x, prefix)["model"].items() if "qkv.bias" not in k}
+                for x in (one, two))                     # the gradient of a key's bias is noise
+        assert_same(a, b, rtol=0, atol=1e-4)
         assert column(one, "loss", prefix) == pytest.approx(column(two, "loss", prefix), rel=1e-3)
-    maps = [saved(out)["run"]["maps"].float() for out in (one, two)]
-    assert_same(*maps, rtol=0, atol=1e-2)
-    # The BatchNorm of the probe sees the images of both processes.
-    large = ["--epochs", 0, "--checkpoint", two / "encoder.pth", "--finetune-epochs", 0]
-    probe = run(tmp_path / "probe", *disk, *large, "--batch-size", 12, "--accum-steps", 1)
-    a, b = (saved(out, "probe-") for out in (two, probe))
-    assert_same(a["model"], b["model"], rtol=1e-3, atol=1e-4)
-    assert a["csv"][0]["test_accuracy"] == b["csv"][0]["test_accuracy"]
+    for name in ("position_share", "probe_cls"):
+        assert column(one, name) == pytest.approx(column(two, name), abs=2)
 
+@pytest.mark.parametrize("other, words", [
+    (["--blr", 1e-3], "--blr"), (["--save-every", 1], "--save_every"),
+    (["--num-images", 64], "images checksum")])
+def test_processes_must_agree_on_flags_and_images(other, words, tmp_path):
+    codes, said = processes(tmp_path, ["--out-dir", tmp_path / "o"],
+                            ["--out-dir", tmp_path / "o", *other])
+    assert 0 not in codes and "has other flags or images" in said and words in said
+    assert not list((tmp_path / "o").iterdir())
 
-def test_another_run_cannot_use_the_directory(tmp_path, monkeypatch):
-    flags, seen = ["--out-dir", tmp_path / "out", *ONE_EPOCH], []
-    at_call(monkeypatch, "Pretraining", 2,
-            lambda loss: seen.extend(processes(tmp_path, [flags])) or loss)
-    run(tmp_path / "out", *flags)
-    assert seen[0] == [1] and f"error: another run is writing to {tmp_path / 'out'}" in seen[1]
-    line = error(tmp_path / "out")
-    assert "has files of an earlier run" in line and "--resume" in line
+def test_nothing_is_saved_that_is_not_finite(tmp_path, monkeypatch, capsys):
+    forward, calls = amt.MAE.forward, itertools.count(1)
 
+    def spoiled(self, images, **sets):
+        loss, pred = forward(self, images, **sets)
+        return (loss * math.nan if next(calls) == 10 else loss), pred
 
-@pytest.mark.parametrize("call, action", [
-    (10, lambda loss: loss * math.nan),
-    (12, lambda loss: loss.register_hook(lambda g: g * math.nan) and loss),
-    (9, lambda loss: os.kill(os.getpid(), signal.SIGTERM) or loss * math.inf)],
-    ids=["the loss", "a gradient", "the loss, and a signal comes"])
-def test_nothing_is_saved_that_is_not_finite(call, action, tmp_path, monkeypatch):
-    at_call(monkeypatch, "Pretraining", call, action)
-    line = error(tmp_path, "--save-every", 1)
-    assert "nan or infinite after step" in line and "a lower --blr" in line
+    monkeypatch.setattr(amt.MAE, "forward", spoiled)
+    assert "not finite after step 6" in error(capsys, tmp_path, "--save-every", 1)
     state = load(tmp_path / "checkpoint.pth")
-    assert state["run"]["step"] == 4 and column(tmp_path, "epoch")[:2] == [1, 2]
-    tensors = [*state["model"].values(), *load(tmp_path / "encoder.pth").values()]
-    assert all(p.isfinite().all() for p in tensors)
+    assert state["step"] == 4 and all(p.isfinite().all() for p in state["model"].values())
+    assert all(p.isfinite().all() for p in load(tmp_path / "encoder.pth").values())
+    calls = itertools.count(7)                           # the maps notice it first
+    assert "attention must be finite" in error(capsys, tmp_path / "b")
+    assert not list((tmp_path / "b").glob("*.pth"))
 
+def test_a_run_with_other_settings_or_images_is_refused_before_anything_is_loaded(
+        finished, tmp_path, monkeypatch, capsys):
+    def no_data(args):
+        raise AssertionError("the data was loaded")
 
-def test_a_checkpoint_that_is_damaged_is_refused(finished, tmp_path):
-    whole, path = (finished / "checkpoint.pth").read_bytes(), tmp_path / "checkpoint.pth"
-    too_far = load(finished / "checkpoint.pth")
-    too_far["run"]["step"] = 1000
-    for content in [too_far, {"epoch": 3}, [1, 2], 0, len(whole) // 2, 2 * len(whole) // 3]:
-        if isinstance(content, int):                     # flips a bit
-            path.write_bytes(whole[:content] + bytes([whole[content] ^ 1]) + whole[content + 1:])
-        else:
-            torch.save(content, path)
-        before = path.read_bytes()
-        assert "checkpoint.pth is damaged or not a checkpoint" in error(tmp_path, "--resume")
-        assert path.read_bytes() == before
+    content = {path.name: path.read_bytes() for path in finished.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(train_cifar, "load_data", no_data)
+        for flag, value in [("epochs", 8), ("seed", 1), ("weights", "uniform"), ("depth", 2),
+                            ("batch_size", 8), ("finetune_blr", 1.0), ("precision", "bf16")]:
+            other = [f"--{flag.replace('_', '-')}", value]
+            said = error(capsys, finished, "--resume", *ALL_STAGES, *other)
+            assert f"{flag} " in said and f"(here {value})" in said
+        assert "exists: continue it with --resume" in error(capsys, finished)
+    with monkeypatch.context() as patch:
+        shapes = train_cifar.shapes
+        patch.setattr(train_cifar, "shapes", lambda args, n, seed: shapes(args, n, seed + 5))
+        assert "images checksum" in error(capsys, finished, "--resume", *ALL_STAGES)
+    assert content == {path.name: path.read_bytes() for path in finished.iterdir()}
+    run(finished, "--resume", *ALL_STAGES, "--probe-every", 2, "--save-every", 2)    # these may
 
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hostile",)
 
-def test_a_run_with_other_settings_or_images_is_refused(finished, tmp_path):
-    out = shutil.copytree(finished, tmp_path / "out")
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    for flag, value in [("batch_size", 32), ("seed", 1), ("weights", "uniform"), ("depth", 2),
-                        ("img_size", 64), ("precision", "bf16"), ("num_images", 71)]:
-        line = error(out, "--resume", f"--{flag.replace('_', '-')}", value)
-        assert f"{flag} " in line and f"(now {value})" in line and "blr" not in line
-    line = error(out, "--resume", *ALL_STAGES, "--finetune-blr", 1)
-    assert "finetune-checkpoint.pth" in line and "finetune_blr" in line
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    root = make_pictures(tmp_path / "images")
-    disk = run(tmp_path / "disk", *on_disk(root), *ONE_EPOCH)
-    image, other = (root / "train" / name / "0.JPEG" for name in ("n0", "n1"))
-    image.rename(other)
-    line = error(disk, *on_disk(root), *ONE_EPOCH, "--resume")
-    assert re.search(r"other settings: [a-z ]*images \d+ \(now", line)
-    other.rename(image)
-    run(disk, *on_disk(root.rename(tmp_path / "moved")), *ONE_EPOCH, "--resume")
-
-
-@pytest.mark.parametrize("flags", [["--probe-epochs", 1], [*NO_PROBE, "--finetune-epochs", 1]])
-def test_another_encoder_under_the_same_path_is_refused(flags, finished, tmp_path):
-    path = shutil.copy(finished / "encoder.pth", tmp_path)
-    encoder = load(path)
-    flags = [*flags, "--epochs", 0, "--finetune-blr", 1e-12, "--checkpoint"]
-    out = run(tmp_path / "out", *flags, path)
-    for tuned in out.glob("finetuned.pth"):              # fine-tuning starts from the encoder
-        state = {k: p for k, p in load(tuned).items() if "head" not in k}
-        assert_same(state, dict(encoder), rtol=0, atol=1e-8)
-    torch.save(encoder | {"norm.bias": encoder["norm.bias"] + 1e-3}, path)
-    assert re.search(r"other settings: encoder \d+ \(now", error(out, *flags, path, "--resume"))
-    run(out, *flags, finished / "encoder.pth", "--resume")
-
+def test_a_damaged_or_hostile_checkpoint_is_refused(finished, tmp_path, monkeypatch, capsys):
+    out, content = tmp_path / "out", (finished / "checkpoint.pth").read_bytes()
+    out.mkdir()
+    for i in (len(content) // 3, len(content) // 2):     # a bit of a weight, which torch reads
+        damaged = bytearray(content)
+        damaged[i] ^= 1
+        (out / "checkpoint.pth").write_bytes(damaged)
+        assert "cannot load" in error(capsys, out, "--resume", *ALL_STAGES)
+        assert (out / "checkpoint.pth").read_bytes() == damaged
+    torch.save({"settings": Hostile()}, out / "checkpoint.pth")
+    monkeypatch.chdir(tmp_path)
+    assert "Weights only load failed" in error(capsys, out, "--resume", *ALL_STAGES)
+    assert not Path("hostile").exists()
 
 def test_a_file_that_cannot_be_written_keeps_what_was_there(tmp_path, monkeypatch):
     def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    (tmp_path / "a.pth").write_bytes(b"old")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="a.pth .*No space left"):
-        patch.setattr(os, "fsync", full)
-        train_cifar.write_file(tmp_path / "a.pth", b"new")
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
-    train_cifar.write_file(tmp_path / "a.pth", b"new")
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"new"]
+    train_cifar.write(tmp_path / "a.pth", {"a": 1})
+    monkeypatch.setattr(os, "fsync", full)
+    for content in ({"a": 2}, b"2"):
+        with pytest.raises(OSError, match="cannot write .*a.pth.* unharmed: .*No space left"):
+            train_cifar.write(tmp_path / "a.pth", content)
+        assert load(tmp_path / "a.pth") == {"a": 1} and len(list(tmp_path.iterdir())) == 1
 
-
-# ==== README ======================================================================================
-
-def python_blocks(name):
-    """The blocks of Python code in a Markdown file."""
-    text = (Path(__file__).parent / name).read_text()
-    return re.findall("```python\n(.*?)```", text, re.DOTALL)
-
-
-def test_the_step_of_the_readme_trains():
-    torch.manual_seed(0)
-    names = {}
-    exec(python_blocks("README.md")[0], names)
-    assert all(p.grad is not None for p in names["mae"].parameters() if p.requires_grad)
-    assert [names[x].shape[1] for x in ("masked", "thrown", "visible")] == [29, 26, 9]
-
-
-def test_the_mae_of_reuse_md_has_the_loss_and_the_encoder_of_ours(monkeypatch):
-    names = {"amt": amt, "torch": torch}
-    exec(python_blocks("docs/reuse.md")[-1], names)
-    images = random_images(2)
-    masked, _, visible = split(2)
-    for norm_pix_loss in (False, True):
-        mae = tiny_mae(norm_pix_loss=norm_pix_loss)
-        theirs = argparse.Namespace(                     # with the names of He et al.'s class
-            **dict(mae.encoder.named_children()), **dict(mae.named_children()),
-            cls_token=mae.encoder.cls_token, pos_embed=mae.encoder.pos_embed,
-            mask_token=mae.mask_token, decoder_pos_embed=mae.decoder_pos_embed,
-            norm_pix_loss=norm_pix_loss, patchify=lambda x: amt.patchify(x, 4))
-        conv = mae.encoder.patch_embed.proj
-        theirs.patch_embed = lambda x: conv(x).flatten(2).transpose(1, 2)
-        loss, pred = names["forward"](theirs, images, visible, masked)
-        expected, expected_pred = mae(images, visible=visible, masked=masked)
-        torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(pred, expected_pred)
-    theirs.state_dict = lambda: {**mae.state_dict(), **mae.encoder.state_dict()}
-    monkeypatch.setattr(amt, "vit_base", lambda: amt.ViT(16, 4, 24, 3, 2))
-    assert torch.equal(names["encoder_of"](theirs)(images), mae.encoder(images))
-
-
-def test_the_timm_code_gives_timms_own_attention():
-    timm = pytest.importorskip("timm")
-    names = {}
-    for block in [python_blocks("README.md")[1], *python_blocks("docs/reuse.md")[:-1]]:
-        exec(block, names)
-    images = random_images(2, size=224)
-    with torch.no_grad():
-        tokens = names["vit"].eval().forward_features(images)
-        torch.testing.assert_close(names["encoder"](images), tokens, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(names["vit"].cls_attention(images),
-                                   names["encoder"].cls_attention(images), rtol=1e-4, atol=1e-5)
-    maps = amt.dataset_maps(names["vit"], [(torch.arange(2), images)], 2)
-    loader = torch.utils.data.DataLoader(names["Crops"](images), batch_size=2)
-    for crops, theta, ids in loader:
-        visible, masked = names["choose"](maps, theta, ids)
-        assert crops.shape == images.shape
-        assert (visible.shape[1], masked.shape[1]) == (30, 88)
-
-    sizes = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=0)
-    vit = unsettle(timm.models.vision_transformer.VisionTransformer(
-        **sizes, reg_tokens=3, qk_norm=True)).eval()
-    attention = []
-    vit.blocks[-1].attn.fused_attn = False
-    vit.blocks[-1].attn.attn_drop.register_forward_hook(lambda *args: attention.append(args[2]))
-    vit(random_images(2))
-    torch.testing.assert_close(names["cls_attention"](vit, random_images(2)),
-                               attention[0][:, :, 0, 4:])
-    vit = timm.models.vision_transformer.VisionTransformer(
-        **sizes, class_token=False, global_pool="avg")
-    with pytest.raises(ValueError, match="no .CLS. token"):
-        names["cls_attention"](vit, random_images(2))
+def test_masking_png_shows_masked_patches_red_and_thrown_ones_gray(finished):
+    pixels = np.array(Image.open(finished / "masking.png").convert("RGB")).astype(int)
+    assert pixels.shape == (304, 150 + 804, 3)           # three rows of eight images, and labels
+    rows = pixels[4:, 154:].reshape(3, 100, 8, 100, 3)[:, :96, :, :96]
+    red, gray = (np.abs(rows - color).max(axis=4) < 3 for color in ([209, 73, 91], [138, 143, 152]))
+    patches = rows.shape[1] ** 2 / 16
+    assert red[1].sum() == 8 * 7 * patches and gray[1].sum() == 8 * 6 * patches      # of 16
+    assert np.array_equal(gray[2], gray[1]) and red[2].sum() < 0.1 * red[1].sum()
+    visible = ~(red[1] | gray[1])
+    assert np.array_equal(rows[0][visible], rows[1][visible])
+    assert (pixels[:, :150] < 128).any()

@@ -1,515 +1,255 @@
-"""Pretrain a vision transformer with AMT, then train a linear probe on it and fine-tune it.
+"""Pretrain a vision transformer with AMT, then probe it and fine-tune it.
 
-    python train_cifar.py --dataset shapes --out-dir out-shapes          # offline, on a CPU
-    python train_cifar.py                                                # CIFAR-10, one GPU
-    python train_cifar.py --resume                                       # continue a stopped run
-    torchrun --nproc_per_node=4 train_cifar.py --dataset imagenet --data-path DIR     # 4 GPUs
+    python train_cifar.py --dataset shapes --out-dir out-shapes     # offline, minutes on a CPU
+    python train_cifar.py                                           # CIFAR-10, on one GPU
+    python train_cifar.py --resume                                  # continue a stopped run
+    python train_cifar.py --masking random --out-dir out-random     # MAE, the baseline
+    python train_cifar.py --checkpoint out/encoder.pth --epochs 0 \\
+        --finetune-epochs 100 --out-dir out-finetuned               # fine-tune an encoder
+    torchrun --nproc_per_node=4 train_cifar.py --dataset imagenet --data-path DIR    # 4 GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-        train_cifar.py --dataset imagenet --data-path DIR                # on each of two nodes
+        train_cifar.py --dataset imagenet --data-path DIR           # on each of two nodes
 
-    python train_cifar.py --masking random --out-dir out-random          # MAE, the baseline
-    python train_cifar.py --method simmim --out-dir out-simmim           # SimMIM with AMT
-    python train_cifar.py --checkpoint out/encoder.pth --epochs 0 --probe-epochs 0 \\
-        --finetune-epochs 100 --out-dir out-finetuned                    # fine-tune an encoder
-    python train_cifar.py --benchmark                                    # the cost of a step
+Every dataset is a set of whole, square images. A step takes some of them, draws a random crop theta
+for each, and cuts the images and their attention maps with it.
 
-A run is a sequence of numbered steps. The number of a step and the seed determine its images and
-its random numbers. So a checkpoint stores no state of a data loader or of a random generator, and a
-resumed run ends with the same weights as an unbroken one.
-
-A run writes to --out-dir: checkpoint.pth, encoder.pth (the state dict of the encoder alone, with
-timm's names), log.csv (one row per epoch; position_share is the fraction of the variance of new
-attention maps that the position of a patch explains), attention.png (where [CLS] attended, for each
-update of the attention maps) and masking.png (what is masked and predicted). The probe and
-fine-tuning have their own checkpoint and log, and fine-tuning writes finetuned.pth.
+A run writes to --out-dir: encoder.pth (the encoder alone, with timm's names), checkpoint.pth (for
+--resume; its "data" has the mean and std of the images and the names of the classes), attention.png
+(where [CLS] looks after each update of the maps), masking.png (what is masked, thrown, predicted)
+and log.csv. The log has the seconds and images_per_second of an epoch's steps, map_seconds that new
+maps took, position_share (the fraction of their variance that a patch's position explains), and
+probe_cls and probe_mean, the test accuracy of linear classifiers on [CLS] and on the mean of the
+patches. Fine-tuning writes finetuned.pth, finetune-checkpoint.pth and finetune-log.csv.
 """
 import argparse
-import ctypes
-import fcntl
+import difflib
 import io
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 import zipfile
 import zlib
-from contextlib import contextmanager, nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
 from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
-from torchvision.utils import save_image
+from torchvision.utils import make_grid
 
 import amt
 
-RANK = int(os.environ.get("RANK", 0))                    # torchrun sets these four
+RANK = int(os.environ.get("RANK", 0))                    # torchrun sets these three
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
 
-# random: the (mask ratio, throw ratio) of random masking. amt: AMT's pairs. The first is the
-# default, and MaskFeat has SimMIM's. unit: the side of a masking unit in patches. scale: the range
-# of a crop's area, as a fraction of the image's.
+# (mask ratio, throw ratio) of random masking and of AMT, the side of a masking unit in patches, and
+# the range of a crop's area as a fraction of the image's. MaskFeat takes SimMIM's ratios for AMT.
 METHODS = {
-    "mae": dict(random=(0.75, 0.0), amt=[(0.45, 0.40)], unit=1, scale=(0.2, 1)),
-    "simmim": dict(random=(0.60, 0.0), amt=[(0.44, 0.26), (0.33, 0.50)], unit=2, scale=(0.67, 1)),
-    "maskfeat": dict(random=(0.40, 0.0), amt=[(0.44, 0.26), (0.33, 0.50)], unit=2, scale=(0.5, 1)),
+    "mae": dict(random=(0.75, 0.0), amt=(0.45, 0.40), unit=1, scale=(0.2, 1)),
+    "simmim": dict(random=(0.60, 0.0), amt=(0.44, 0.26), unit=2, scale=(0.67, 1)),
+    "maskfeat": dict(random=(0.40, 0.0), amt=(0.44, 0.26), unit=2, scale=(0.5, 1)),
 }
-STRATEGIES = {
-    "attention": amt.sample_patches,
-    "random": amt.random_ranking,
-    "attmask": amt.highest_first,
-    "mst": amt.lowest_first,
-    "block": amt.block_wise,
-    "grid": amt.grid_wise,
-}
+STRATEGIES = {"attention": amt.sample_patches, "random": amt.random_ranking,
+              "attmask": amt.highest_first, "mst": amt.lowest_first,
+              "block": amt.block_wise, "grid": amt.grid_wise}
 USE_MAPS = ["attention", "attmask", "mst"]               # strategies that rank by attention
-DEFAULTS = {  # flags of a data set that differ from cifar10's
-    "cifar10": {},
-    "cifar100": {},
-    "stl10": dict(img_size=96, patch_size=8),
-    "tiny-imagenet": dict(img_size=64, patch_size=8),
-    "folder": dict(img_size=224, patch_size=16),
-    "imagenet": dict(img_size=224, patch_size=16, model="vit_base", decoder_embed_dim=512,
-                     decoder_depth=8, blr=1.5e-4, save_every=1),
-    "shapes": dict(depth=3, decoder_embed_dim=96, decoder_depth=1, epochs=24, update_interval=4,
-                   batch_size=64, blr=4e-3, probe_epochs=8, probe_blr=0.5),
+MODELS = ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+POSITIVE = ["img_size", "patch_size", "update_interval", "batch_size", "accum_steps", "save_every"]
+DOWNLOADS = {  # the class in torchvision, and its arguments for training and for test images
+    "cifar10": (CIFAR10, dict(train=True), dict(train=False)),
+    "cifar100": (CIFAR100, dict(train=True), dict(train=False)),
+    "stl10": (STL10, dict(split="train+unlabeled"), dict(split="test")),     # unlabeled: the last
 }
-
+DATASETS = {  # flags of a dataset that differ from cifar10's
+    "cifar10": {}, "cifar100": {},
+    "stl10": dict(img_size=96, patch_size=8),
+    "tiny-imagenet": dict(img_size=64, patch_size=8, square_size=64),
+    "folder": dict(img_size=224, patch_size=16, square_size=320),
+    "imagenet": dict(img_size=224, patch_size=16, square_size=320, model="vit_base", blr=1.5e-4,
+                     decoder_embed_dim=512, decoder_depth=8, save_every=1),
+    "shapes": dict(depth=3, decoder_embed_dim=96, decoder_depth=1, epochs=24, batch_size=64,
+                   blr=4e-3),
+}
 
 # ==== Flags =======================================================================================
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The defaults shown are those of cifar10. Other data sets change some of them.")
-    parser.error = lambda message: sys.exit(f"train_cifar.py: error: {message} (see --help)")
+        usage="python train_cifar.py [flags]", allow_abbrev=False, add_help=False)
 
     def add(flag: str, default, text: str, **kwargs):
-        if default is not None:
-            text += " (default: %(default)s)"
+        if default is False:
+            kwargs["action"] = "store_true"
+        elif default is not None:
             kwargs.setdefault("type", type(default))
-        parser.add_argument(flag, default=default, help=text, **kwargs)
+            text += " (default: %(default)s)"
+        group.add_argument(flag, default=default, help=text, **kwargs)
 
-    add("--dataset", "cifar10", "cifar10, cifar100 and stl10 are downloaded; tiny-imagenet and "
-        "folder (train/<class>/, val/<class>/) are decoded once and kept in memory; imagenet is a "
-        "folder that is decoded in each epoch; shapes is generated", choices=DEFAULTS)
+    group = parser.add_argument_group("data")
+    add("--dataset", "cifar10", "cifar10, cifar100 and stl10 are downloaded; shapes is generated; "
+        "the others are files in --data-path, train/<class>/ and, to probe or fine-tune, "
+        "val/<class>/, which imagenet decodes in each epoch", choices=DATASETS)
+    dataset = parser.parse_known_args(argv)[0].dataset   # decides the defaults of other flags
     add("--data-path", "data", "directory of the images", metavar="DIR")
-    add("--num-images", 2500, "number of training images of shapes")
-    add("--img-size", 32, "side of an image in pixels")
-    add("--workers", min(16, max(1, (os.cpu_count() or 1) // LOCAL_WORLD_SIZE)),
-        "processes that decode images, for each training process")
-    vits = ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
-    add("--model", "vit_tiny", "size of the encoder", choices=vits)
-    add("--depth", None, "number of encoder blocks (default: the model's)", type=int)
+    add("--num-images", 2500, "training images of shapes")
+    add("--img-size", 32, "side of a crop in pixels")
+    add("--square-size", None, "side in pixels of the squares that files become", type=int)
+    add("--workers", min(16, os.cpu_count() or 1), "threads that decode files")
+    group = parser.add_argument_group("model")
+    add("--model", "vit_tiny", "size of the encoder", choices=MODELS)
+    add("--depth", None, "blocks of the encoder (default: the model's)", type=int)
     add("--patch-size", 4, "side of a patch in pixels")
     add("--decoder-embed-dim", 192, "width of the MAE decoder, a multiple of 32")
-    add("--decoder-depth", 4, "number of blocks of the MAE decoder")
+    add("--decoder-depth", 4, "blocks of the MAE decoder")
+    add("--checkpoint", None, "an encoder of this script, timm or MAE to pretrain further or, with "
+        "--epochs 0, to probe or fine-tune; none stands for a new one", metavar="FILE")
+    group = parser.add_argument_group("masking")
     add("--method", "mae", "maskfeat is simmim with HOG targets", choices=METHODS)
-    add("--masking", "attention", "how patches are ranked: attention samples them by attention, "
-        "attmask takes the highest attention first, mst the lowest; the others ignore attention",
-        choices=STRATEGIES)
-    add("--weights", "own", "the map that ranks the patches: own is the image's own attention map, "
-        "shuffled is another image's map, uniform is 1 for each patch, debiased is the own map "
-        "divided by the mean map of the data set",
-        choices=["own", "shuffled", "uniform", "debiased"])
-    add("--mask-ratio", None, "fraction of patches that are masked (default with attention: 0.45 "
-        "for mae, else 0.44; without: 0.75 mae, 0.60 simmim, 0.40 maskfeat)", type=float)
-    add("--throw-ratio", None, "fraction of patches that are thrown (default with attention: 0.40 "
-        "for mae, else 0.26; without: 0)", type=float)
-    add("--mask-unit", None, "side of a masking unit in patches (default: 1 mae, else 2)", type=int)
-    add("--update-interval", None, "epochs between updates of the attention maps (default: a tenth "
-        "of --epochs)", type=int)
-    add("--epochs", 400, "epochs of pretraining; --checkpoint requires 0")
-    add("--warmup-epochs", None, "epochs of warm-up (default: a tenth of --epochs)", type=int)
+    add("--masking", "attention", "how patches are ranked: attention draws them, attmask takes the "
+        "highest attention first, mst the lowest; the others ignore it", choices=STRATEGIES)
+    add("--weights", "own", "whose attention map: the image's own, another image's, 1 for each "
+        "patch, or own / mean map", choices=["own", "shuffled", "uniform", "debiased"])
+    add("--mask-ratio", None, "fraction of patches to mask (default: the paper's)", type=float)
+    add("--throw-ratio", None, "fraction of patches to throw (default: the paper's)", type=float)
+    add("--update-interval", None, "epochs between new maps (default: a tenth, at least 4)",
+        type=int)
+    group = parser.add_argument_group("pretraining")
+    add("--epochs", 400, "epochs of pretraining; 0, with --checkpoint, skips it")
+    add("--warmup-epochs", None, "epochs of warm-up (default: a tenth)", type=int)
     add("--batch-size", 512, "images per process and forward pass")
-    add("--accum-steps", 1, "forward passes per process and optimiser step")
-    add("--blr", 5e-4, "learning rate, scaled by the images per step / 256")
-    add("--checkpoint", None, "with --epochs 0: the encoder to probe or to fine-tune, a file of "
-        "this script, timm or MAE; or the word none, for an untrained encoder", metavar="FILE")
-    add("--probe-epochs", 90, "epochs of the linear probe; 0 skips it")
-    add("--probe-blr", 0.1, "learning rate of the probe, like --blr")
-    add("--probe-every", None, "train a linear probe every N epochs and log its accuracy; it sees "
-        "each image once, without augmentation", type=int, metavar="N")
+    add("--accum-steps", 1, "forward passes per process and optimizer step")
+    add("--blr", 5e-4, "base learning rate, which is multiplied by the images per step / 256")
+    add("--probe-every", 0, "epochs between linear probes; 0 probes after the last epoch only")
+    group = parser.add_argument_group("fine-tuning")
     add("--finetune-epochs", 0, "epochs of fine-tuning; 0 skips it")
-    add("--finetune-blr", 1e-3, "learning rate of fine-tuning, like --blr; each block has 0.75 "
-        "times the rate of the next one")
-    add("--finetune-randaugment", None, "fine-tune with RandAugment", action="store_true")
+    add("--finetune-blr", 1e-3, "base learning rate of fine-tuning")
+    add("--finetune-randaugment", False, "fine-tune with RandAugment")
+    group = parser.add_argument_group("run")
     add("--seed", 0, "seed of all random numbers")
     add("--out-dir", Path("out"), "directory of the run's files", metavar="DIR")
-    add("--resume", None, "continue the run in --out-dir; repeat its flags", action="store_true")
+    add("--resume", False, "continue the run in --out-dir; repeat its flags")
     add("--save-every", 10, "epochs between checkpoints")
-    add("--precision", None, "bf16 is autocast; fp32 allows TF32 on GPUs (default: bf16 on GPUs "
-        "that have it, else fp32)", choices=["bf16", "fp32"])
-    add("--compile", None, "use torch.compile", action="store_true")
-    add("--benchmark", None, "only time a step: random masking against AMT", action="store_true")
-
-    # Some flags decide the defaults of others, so they are read first.
-    first = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**DEFAULTS[first.dataset])
-    if first.model == "vit_huge" and parser.get_default("patch_size") == 16:
-        parser.set_defaults(patch_size=14)
-    if first.checkpoint == "none":
-        parser.set_defaults(probe_epochs=0)
-    args = parser.parse_args(argv)
-    method = METHODS[args.method]
-    ratios = method["amt"][0] if args.masking == "attention" else method["random"]
     bf16 = DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    derived = dict(mask_ratio=ratios[0], throw_ratio=ratios[1], mask_unit=method["unit"],
-                   update_interval=max(1, round(args.epochs / 10)),
-                   warmup_epochs=args.epochs // 10, precision="bf16" if bf16 else "fp32")
-    vars(args).update({k: v for k, v in derived.items() if getattr(args, k) is None})
+    add("--precision", "bf16" if bf16 else "fp32", "fp32 is TF32 on GPUs", choices=["bf16", "fp32"])
+    add("--compile", False, "use torch.compile")
+    group.add_argument("-h", "--help", action="help", help="show this, with the dataset's defaults")
+
+    parser.set_defaults(**DATASETS[dataset])
+    args, unknown = parser.parse_known_args(argv)
+    for flag in unknown:
+        near = difflib.get_close_matches(flag.split("=")[0], parser._option_string_actions, 1)
+        parser.error(f"unknown flag {flag}: " + (f"did you mean {near[0]}?" if near else "see -h"))
+    ratios = METHODS[args.method]["amt" if args.masking == "attention" else "random"]
+    if args.mask_ratio and args.throw_ratio is None and args.mask_ratio + ratios[1] >= 1:
+        parser.error(f"--mask-ratio {args.mask_ratio} leaves no patch visible, as --throw-ratio is "
+                     f"{ratios[1]}: also give --throw-ratio 0")
+    tenth = min(max(4, round(args.epochs / 10)), max(1, args.epochs // 2))
+    for name, default in dict(mask_ratio=ratios[0], throw_ratio=ratios[1], update_interval=tenth,
+                              warmup_epochs=args.epochs // 10).items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not value >= (low := name in POSITIVE):
+            parser.error(f"--{name.replace('_', '-')} must be at least {int(low)}, got {value}")
+    if not args.epochs and not args.checkpoint:
+        parser.error("--epochs 0 needs a --checkpoint to probe or to fine-tune, a file or none")
+    if args.weights != "own" and args.masking != "attention":
+        parser.error(f"--weights {args.weights} needs --masking attention, got {args.masking}")
+    if args.masking in USE_MAPS and args.update_interval >= args.epochs > 1:
+        parser.error(f"--update-interval must be less than --epochs, got {args.update_interval}")
     args.global_batch = args.batch_size * args.accum_steps * WORLD_SIZE
-    check(args, parser.error)
     return args
 
-
-def check(args, error):
-    """Refuses flags that are out of range or do not fit together, before any data is loaded."""
-    may_be_0 = ["workers", "epochs", "warmup_epochs", "probe_epochs", "finetune_epochs", "seed"]
-    for name, value in vars(args).items():
-        low = 0 if name in may_be_0 else 1
-        if type(value) is int and value < low:
-            error(f"--{name.replace('_', '-')} {value} is not allowed: give {low} or more")
-        if name.endswith("blr") and not 0 < value < 1e6:
-            error(f"--{name.replace('_', '-')} {value} is not allowed: give more than 0, below 1e6")
-    if DEVICE.type == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
-        error(f"there are more processes than GPUs: give torchrun --nproc_per_node "
-              f"{torch.cuda.device_count()}")
-    if bool(args.epochs) == bool(args.checkpoint):
-        error(f"--epochs {args.epochs} with --checkpoint {args.checkpoint}: give --epochs above 0 "
-              f"to pretrain, or --epochs 0 and a --checkpoint, FILE or none")
-    if args.epochs and args.warmup_epochs >= args.epochs:
-        error(f"--warmup-epochs {args.warmup_epochs} is not less than --epochs {args.epochs}")
-    if args.masking in USE_MAPS and args.update_interval >= args.epochs > 1:
-        error(f"--update-interval {args.update_interval} is not less than --epochs {args.epochs}: "
-              f"there would be no attention maps")
-    if args.checkpoint and not args.probe_epochs and not args.finetune_epochs:
-        error(f"there is nothing to do with --checkpoint {args.checkpoint}: give --probe-epochs or "
-              f"--finetune-epochs")
-    if args.benchmark and WORLD_SIZE > 1:
-        error("--benchmark times one process: start it without torchrun")
-    if args.probe_epochs and args.batch_size * WORLD_SIZE == 1:
-        error("--batch-size 1 is too small for the BatchNorm of the linear probe: give 2 or more")
-    try:
-        with torch.device("meta"):
-            build_model(args)
-        grid = args.img_size // args.patch_size
-        if grid % args.mask_unit:
-            raise ValueError(f"--mask-unit {args.mask_unit} does not divide a side of {grid} "
-                             f"patches")
-        ranking = torch.zeros(1, (grid // args.mask_unit) ** 2)
-        method = METHODS[args.method]
-        for ratios in [method["random"], *method["amt"], (args.mask_ratio, args.throw_ratio)]:
-            amt.mask_and_throw(ranking, *ratios)
-    except ValueError as wrong:
-        error(f"{wrong} (flags: --img-size, --patch-size, --decoder-embed-dim, --mask-unit, "
-              f"--mask-ratio, --throw-ratio)")
-
-
-# ==== Main ========================================================================================
-
-def main(argv: list[str] | None = None):
-    args = parse_args(argv)
-    torch.set_float32_matmul_precision("high")
-    keep_freed_memory()
-    if args.benchmark:
-        benchmark(args)
-        return
-    if WORLD_SIZE > 1:
-        if DEVICE.type == "cuda":
-            torch.cuda.set_device(DEVICE)
-        backend = "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    with open_out_dir(args):
-        data = load_data(args)
-        check_same("images", data.fingerprint)
-        labelled = args.probe_epochs or args.probe_every or args.finetune_epochs
-        n = len(data.train_labels if labelled else data.train)
-        if args.global_batch > n:
-            sys.exit(f"error: a step takes {args.global_batch} images, but there are only {n} "
-                     f"training images: give a smaller --batch-size")
-        say(f"{args.dataset}: {len(data.train)} training and {len(data.test)} test images. "
-            f"{args.model} on {DEVICE} in {args.precision}, {args.global_batch} images a step, "
-            f"processes: {WORLD_SIZE}")
-        note_signals()
-        if args.checkpoint:
-            encoder = load_encoder(args)
-        else:
-            pretraining = Pretraining(args, data)
-            fit(pretraining)
-            save_masking(pretraining)
-            encoder = pretraining.model.encoder
-        if args.probe_epochs:
-            fit(LinearProbe(args, data, encoder))
-        if args.finetune_epochs:
-            finetuning = FineTuning(args, data, encoder)
-            fit(finetuning)
-            state = finetuning.model.state_dict()
-            state = {name.removeprefix("encoder."): p for name, p in state.items()}
-            write_file(args.out_dir / "finetuned.pth", state)
-        say(f"done: see {args.out_dir}")
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
-
-
 # ==== Pretraining =================================================================================
+def pretrain(args, train: "Images", test: "Images", encoder: amt.ViT):
+    """Pretrains the encoder. Until the first attention maps exist, masking is random."""
+    method, size, use_maps = METHODS[args.method], args.img_size, args.masking in USE_MAPS
+    model = build_model(args, encoder).to(DEVICE)
+    run = Run(args, "pretraining", model, build_optimizer(model), args.blr, args.epochs,
+              args.warmup_epochs, train, len(train))
+    unit_size = method["unit"] * args.patch_size         # side of a masking unit in pixels
+    N = amt.patchify(torch.zeros(1, 1, size, size), unit_size).shape[1]      # units of a crop
+    uniform = torch.ones(args.batch_size, N, device=DEVICE)
+    amt.mask_and_throw(uniform, args.mask_ratio, args.throw_ratio)           # raises, if it will
+    updates = range(args.update_interval, args.epochs, args.update_interval)
+    if use_maps and not updates:
+        say("one epoch is too short for attention maps: all of it masks at random")
+    if use_maps and args.checkpoint not in (None, "none") and run.maps is None:
+        run.maps, _ = new_maps(args, train, encoder, 0)  # a trained encoder's maps are of use
 
-class Stage:
-    """What `fit` trains: a model, an optimiser and a loss. A checkpoint holds the states of the
-    model and of the optimiser, and `run`."""
-    scale = (0.2, 1.0)                                   # area of the random crops
-    augment = False                                      # RandAugment after the crop
-    warmup = 0                                           # epochs
-    encoder_checksum = None                              # of the pretrained encoder, if any
+    for epoch in range(len(run.log), args.epochs):
+        rank, ratios = STRATEGIES[args.masking], (args.mask_ratio, args.throw_ratio)
+        if use_maps and run.maps is None:
+            rank, ratios = amt.random_ranking, method["random"]
+        model.train()
+        for mini_batches in run.steps(epoch):
+            for ids, squares, ratio in mini_batches:     # (B,), (B, 3, S, S), (B,)
+                # The same theta cuts the images and their attention maps.
+                theta = amt.random_crops(len(ids), method["scale"], image_ratio=ratio)
+                images = train.normalize(amt.crop(squares, theta, size, "bicubic"))
+                weights = uniform                                            # (B, N)
+                if run.maps is not None:                                     # (n, h, w)
+                    weights = amt.crop_weights(run.maps[ids], theta, size, unit_size)
+                ranking = rank(weights)                                      # Eq. 5
+                masked, _, visible = amt.mask_and_throw(ranking, *ratios, method["unit"])    # Eq. 6
+                with autocast(args):
+                    loss, _ = run.parallel(images, visible=visible, masked=masked)   # Eq. 2
+                loss = loss / args.accum_steps
+                loss.backward()
+                run.loss += loss.detach()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
 
-    def __init__(self, args, data, name: str, model: nn.Module, optimizer, blr: float, epochs: int,
-                 n: int):
-        self.args = args
-        self.data = data
-        self.name = name
-        self.prefix = "" if name == "pretraining" else f"{name}-"    # of its checkpoint and its log
-        self.model = model
-        self.optimizer = optimizer
-        self.lr = blr * args.global_batch / 256
-        self.epochs = epochs
-        self.n = n                                       # it trains on the first n training images
-        self.steps = n // args.global_batch              # per epoch
-        loss = torch.zeros((), dtype=torch.float64, device=DEVICE)           # sum over this epoch
-        self.run = {"step": 0, "loss": loss, "seconds": 0.0, "log": []}      # log: a row an epoch
+        done, row = epoch + 1, dict(map_seconds="", position_share="", probe_cls="", probe_mean="")
+        if use_maps and done in updates:
+            began = time.time()
+            run.maps, row["position_share"] = new_maps(args, train, encoder, done)   # Eq. 3 and 4
+            row["map_seconds"] = f"{time.time() - began:.2f}"
+        if done in updates or done == args.epochs:
+            save_pictures(args, run, test if len(test) else train, rank, ratios, done)
+        if done == args.epochs or args.probe_every and done % args.probe_every == 0:
+            run.save()                                   # because the probe may take minutes
+            row |= linear_probe(args, train, test, encoder)
+        run.end_epoch(row)
 
-    def loss(self, ids: Tensor, images: Tensor, theta: Tensor) -> Tensor:
-        """The loss, a scalar, of a mini-batch of `batches`."""
-        raise NotImplementedError
-
-    def start_epoch(self, done: int):
-        """Is called before each epoch. `done` epochs are finished."""
-
-    def end_epoch(self, done: int) -> dict[str, str]:
-        """Is called after each epoch, and returns more columns for the log."""
-        return {}
-
-
-class Pretraining(Stage):
-    def __init__(self, args, data):
-        torch.manual_seed(seed_of(args.seed))
-        model = build_model(args).to(DEVICE)
-        super().__init__(args, data, "pretraining", model, build_optimizer(model), args.blr,
-                         args.epochs, len(data.train))
-        self.parallel = wrap(args, model)
-        self.scale = METHODS[args.method]["scale"]
-        self.warmup = args.warmup_epochs
-        self.run |= {"maps": None, "snapshots": [], "update_seconds": 0.0, "position_share": ""}
-
-    def start_epoch(self, done: int):
-        """Updates the attention maps when it is time: the encoder looks at each whole image."""
-        args, data, run, encoder = self.args, self.data, self.run, self.model.encoder
-        run["update_seconds"], run["position_share"] = 0.0, ""
-        if args.masking not in USE_MAPS or done == 0 or done % args.update_interval:
-            return
-        started = time.time()
-        with precision(args):
-            whole_images = ((ids, data.normalise(images))
-                            for ids, images in data.whole("train", share(self.n)))
-            maps = all_reduce(amt.dataset_maps(encoder, whole_images, self.n)).float()   # (n, h, w)
-        run["position_share"] = f"{position_share(maps):.4f}"
-        torch.manual_seed(seed_of(args.seed, "shuffled", done))      # for --weights shuffled
-        run["maps"] = reweight(maps, args.weights).half()
-        shown = self.shown()
-        run["snapshots"].append(amt.attention_maps(encoder, data.normalise(shown)))
-        save_grid([shown / 255, *map(heat, run["snapshots"])], args.out_dir / "attention.png")
-        run["update_seconds"] = time.time() - started
-
-    def loss(self, ids: Tensor, images: Tensor, theta: Tensor) -> Tensor:
-        maps = self.run["maps"]
-        if maps is not None:
-            maps = maps[ids]
-        with precision(self.args):
-            return amt.training_loss(self.parallel, self.data.normalise(images), theta, maps,
-                                     **self.masking())
-
-    def masking(self) -> dict:
-        """Arguments of `amt.training_loss`. Masking is random before the first maps."""
-        args = self.args
-        ratios, strategy = (args.mask_ratio, args.throw_ratio), STRATEGIES[args.masking]
-        if args.masking in USE_MAPS and self.run["maps"] is None:
-            ratios, strategy = METHODS[args.method]["random"], amt.random_ranking
-        return dict(mask_ratio=ratios[0], throw_ratio=ratios[1], unit=args.mask_unit,
-                    strategy=strategy)
-
-    def end_epoch(self, done: int) -> dict[str, str]:
-        probe_accuracy = ""
-        if self.args.probe_every and done % self.args.probe_every == 0:
-            # The probe may take minutes. If the run is killed now, the resumed run finds all steps
-            # of this epoch done and repeats the probe.
-            save_checkpoint(self)
-            probe_accuracy = cached_probe(self.args, self.data, self.model.encoder)
-        return {"update_seconds": f"{self.run['update_seconds']:.2f}",
-                "position_share": self.run["position_share"], "probe_accuracy": probe_accuracy}
-
-    def shown(self) -> Tensor:
-        """Eight test images, 0 to 255, for the pictures."""
-        ids = torch.randperm(len(self.data.test), generator=torch.Generator().manual_seed(0))[:8]
-        return torch.cat([images for _, images in self.data.whole("test", ids)])
-
-
-def position_share(maps: Tensor) -> float:
-    """The fraction of the variance of maps (n, h, w) that the position of a patch explains."""
-    return (maps.mean(dim=0).var() / maps.var()).item()
-
+def new_maps(args, train: "Images", encoder: amt.ViT, epoch: int) -> tuple[Tensor, str]:
+    """What patches are ranked by, (n, h, w): the attention maps of all training images, changed as
+    --weights says. And the fraction of the maps' variance that the position of a patch explains."""
+    batches = train.read(share(len(train)).split(args.batch_size), "attention maps")
+    whole = ((ids, train.whole(squares)) for ids, squares, _ in batches)
+    with autocast(args):
+        maps = all_reduce(amt.dataset_maps(encoder, whole, len(train))).float()
+    position_share = maps.mean(dim=0).var() / maps.var()
+    torch.manual_seed(seed_of(args.seed, "shuffled", epoch))
+    return reweight(maps, args.weights).half(), f"{position_share.item():.4f}"
 
 def reweight(maps: Tensor, weights: str) -> Tensor:
-    """What patches are ranked by, given the attention maps (n, h, w): see --weights."""
     if weights == "shuffled":
         return maps[torch.randperm(len(maps)).to(maps.device)]
-    if weights == "uniform":
-        return torch.ones_like(maps)
     if weights == "debiased":
-        ratio = maps / maps.mean(dim=0).clamp_min(1e-4)
-        low, high = ratio.amin(dim=(1, 2), keepdim=True), ratio.amax(dim=(1, 2), keepdim=True)
-        return (ratio - low) / (high - low).clamp_min(1e-12)
-    return maps
+        maps = maps / maps.mean(dim=0).clamp_min(1e-4)
+        low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
+        return (maps - low) / (high - low).clamp_min(1e-12)
+    return torch.ones_like(maps) if weights == "uniform" else maps
 
-
-def build_model(args) -> nn.Module:
-    encoder = build_encoder(args)
+def build_model(args, encoder: amt.ViT) -> nn.Module:
     if args.method != "mae":
         return amt.SimMIM(encoder, "hog" if args.method == "maskfeat" else "pixels")
     return amt.MAE(encoder, args.decoder_embed_dim, args.decoder_depth,
                    args.decoder_embed_dim // 32, norm_pix_loss=True)
-
-
-def build_encoder(args) -> amt.ViT:
-    kwargs = {"depth": args.depth} if args.depth else {}
-    return getattr(amt, args.model)(img_size=args.img_size, patch_size=args.patch_size, **kwargs)
-
-
-# ==== Mini-batches and the training loop ==========================================================
-
-def batches(stage: Stage, step: int):
-    """Yields this process's mini-batches from `step` to the end of its epoch: ids (B,), crops
-    (B, 3, H, H), 0 to 255, and their theta (B, 2, 3).
-
-    A step has WORLD_SIZE * accum_steps parts of B images, and each process takes accum_steps of
-    them. The random generator is seeded anew for each part, before its crops, ranking and drop path
-    are drawn. So any process can compute any part, and a run may resume on another number of them.
-    """
-    args = stage.args
-    epoch, first = divmod(step, stage.steps)
-    torch.manual_seed(seed_of(args.seed, stage.name, epoch))
-    order = torch.randperm(stage.n)[: stage.steps * args.global_batch]
-    order = order.view(stage.steps, WORLD_SIZE, -1)      # (steps, processes, accum_steps * B)
-    ids = order[first:, RANK].flatten()
-    crops = stage.data.crops(ids, stage.scale, stage.augment, (args.seed, stage.name, epoch))
-    for i in range(step, (epoch + 1) * stage.steps):
-        for part in range(RANK * args.accum_steps, (RANK + 1) * args.accum_steps):
-            torch.manual_seed(seed_of(args.seed, stage.name, i, part))
-            yield next(crops)
-
-
-def fit(stage: Stage):
-    """Trains a stage to its last step. Saves every --save-every epochs and when a signal comes."""
-    args, run = stage.args, stage.run
-    if args.resume:
-        load_checkpoint(stage)
-    # The log has one row for each finished epoch, so its length is the number of the next one.
-    for epoch in range(len(run["log"]), stage.epochs):
-        began = time.time()
-        if run["step"] == epoch * stage.steps:
-            run["loss"].zero_()
-            stage.start_epoch(epoch)                     # pretraining: new attention maps
-        else:                                            # the run resumes within this epoch
-            began -= run["seconds"]
-        stage.model.train()
-        mini_batches = batches(stage, run["step"])
-        for step in range(run["step"], (epoch + 1) * stage.steps):
-            train_step(stage, step, mini_batches)
-            run["seconds"] = time.time() - began
-            progress(f"{stage.name}: epoch {epoch + 1} of {stage.epochs}, step "
-                     f"{step % stage.steps + 1} of {stage.steps}")
-            # The number of a signal that came to any process, or 0.
-            stop = all_reduce(torch.tensor(max(SIGNALS, default=0)), dist.ReduceOp.MAX).item()
-            if stop:
-                save_checkpoint(stage)
-                mini_batches.close()                     # ends the processes that decode images
-                say(f"stopped by {signal.Signals(stop).name} after step {step + 1} of "
-                    f"{stage.name}: the same command with --resume continues")
-                sys.exit(128 + stop)
-        mini_batches.close()
-        check_finite(stage, run["loss"])                 # waits for the GPU
-        run["seconds"] = time.time() - began
-        finish_epoch(stage, epoch + 1)
-
-
-def train_step(stage: Stage, step: int, mini_batches):
-    """One step of the optimiser, on accum_steps mini-batches of each process."""
-    args, run, optimizer = stage.args, stage.run, stage.optimizer
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(stage, step) * group.get("lr_scale", 1.0)
-    no_sync = getattr(stage.parallel, "no_sync", nullcontext)
-    total = 0.0
-    for part in range(args.accum_steps):
-        ids, images, theta = next(mini_batches)
-        last = part + 1 == args.accum_steps
-        # DDP averages the gradients over the processes in the last backward pass only.
-        with nullcontext() if last else no_sync():
-            loss = stage.loss(ids, images, theta) / args.accum_steps
-            loss.backward()
-        total += loss.detach()
-    run["loss"] += all_reduce(total) / WORLD_SIZE
-    optimizer.step()
-    optimizer.zero_grad()
-    run["step"] = step + 1
-
-
-def finish_epoch(stage: Stage, epoch: int):
-    """Adds a row to the log, prints it, and saves when it is time. `epoch` counts from 1."""
-    args, run, log = stage.args, stage.run, stage.run["log"]
-    seconds = run["seconds"] - run.get("update_seconds", 0.0)    # without the update of the maps
-    row = {"epoch": str(epoch), "loss": f"{run['loss'].item() / stage.steps:.5f}",
-           "lr": f"{learning_rate(stage, epoch * stage.steps - 1):.3e}",
-           "images_per_second": f"{stage.steps * args.global_batch / seconds:.0f}",
-           "seconds": f"{run['seconds']:.2f}"}
-    log.append(row | stage.end_epoch(epoch))
-    left = sum(float(row["seconds"]) for row in log) / epoch * (stage.epochs - epoch)
-    columns = ", ".join(f"{name} {value}" for name, value in log[-1].items() if value)
-    say(f"{stage.name}: {columns}, {timedelta(seconds=round(left))} left")
-    lines = [",".join(log[0]), *(",".join(row.values()) for row in log)]
-    write_file(args.out_dir / f"{stage.prefix}log.csv", ("\n".join(lines) + "\n").encode())
-    if epoch % args.save_every == 0 or epoch == stage.epochs:
-        save_checkpoint(stage)
-
-
-def learning_rate(stage: Stage, step: int) -> float:
-    """Linear warm-up, then half a cosine to 0."""
-    epoch = step / stage.steps
-    if epoch < stage.warmup:
-        return stage.lr * epoch / stage.warmup
-    done = (epoch - stage.warmup) / (stage.epochs - stage.warmup)
-    return stage.lr * (0.5 + 0.5 * math.cos(math.pi * done))
-
-
-def check_finite(stage: Stage, x: Tensor):
-    if not x.isfinite().all():
-        sys.exit(f"error: the loss or a weight is nan or infinite after step {stage.run['step']} "
-                 f"of {stage.name}. The last checkpoint is unharmed. Start again in another "
-                 f"--out-dir with --precision fp32 or a lower --{stage.prefix}blr")
-
 
 def build_optimizer(model: nn.Module, beta2: float = 0.95, lr_scale=lambda name: 1.0):
     """AdamW. Only matrices have weight decay. lr_scale(name) multiplies a parameter's rate."""
@@ -518,779 +258,541 @@ def build_optimizer(model: nn.Module, beta2: float = 0.95, lr_scale=lambda name:
         if p.requires_grad:
             decay = 0.05 if name.endswith("weight") and p.ndim > 1 else 0.0
             groups.setdefault((decay, lr_scale(name)), []).append(p)
-    groups = [{"params": params, "weight_decay": decay, "lr_scale": scale}
+    groups = [dict(params=params, weight_decay=decay, lr_scale=scale)
               for (decay, scale), params in groups.items()]
     return torch.optim.AdamW(groups, betas=(0.9, beta2), fused=True)
 
+def autocast(args):
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-def wrap(args, model: nn.Module) -> nn.Module:
-    """The model as training calls it: with DistributedDataParallel and torch.compile."""
-    if WORLD_SIZE > 1:
-        model = DistributedDataParallel(
-            model, [DEVICE] if DEVICE.type == "cuda" else None, gradient_as_bucket_view=True)
-    return torch.compile(model, dynamic=False) if args.compile else model
+# ==== A run: steps, log, checkpoint ===============================================================
+class Run:
+    """The training of a model, and all that a checkpoint holds of it. The seed and the number of a
+    step determine its images and random numbers, so a resumed run ends as an unbroken one."""
+    KEPT = ["step", "loss", "seconds", "log", "maps", "snapshots"]           # in a checkpoint
 
+    def __init__(self, args, name: str, model: nn.Module, optimizer, blr: float, epochs: int,
+                 warmup: int, train: "Images", n: int):
+        self.args, self.name, self.model, self.optimizer = args, name, model, optimizer
+        self.lr, self.total, self.warmup = blr * args.global_batch / 256, epochs, warmup
+        self.train, self.n = train, n                    # it trains on the first n images
+        self.per_epoch = n // args.global_batch          # steps
+        if not self.per_epoch:
+            raise ValueError(f"a step takes {args.global_batch} images, but there are only {n}")
+        self.step, self.seconds = 0, 0.0                 # steps in all; seconds in this epoch
+        self.loss = torch.zeros((), dtype=torch.float64, device=DEVICE)      # sum over this epoch
+        self.log = []                                    # a row for each finished epoch
+        self.maps, self.snapshots = None, {}             # attention maps (n, h, w); for pictures
+        self.prefix = "" if name == "pretraining" else f"{name}-"
+        self.path = args.out_dir / f"{self.prefix}checkpoint.pth"
+        if args.resume and self.path.exists():
+            saved = load_file(self.path)
+            refuse_other(self.path, saved["data"], train.about)
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            vars(self).update({kept: saved[kept] for kept in self.KEPT})
+            say(f"{name} resumes after step {self.step} from {self.path}: {self.log[-1:]}")
+        self.began, self.first = time.time(), self.step  # to estimate the time that is left
+        self.parallel = torch.compile(model, dynamic=False) if args.compile else model
+        if WORLD_SIZE > 1:
+            self.parallel = nn.parallel.DistributedDataParallel(self.parallel)
 
-@contextmanager
-def precision(args):
-    """Autocasts to bfloat16 if --precision says so."""
-    bf16 = args.precision == "bf16"
-    attention = PlainAttention() if bf16 and DEVICE.type == "cpu" else nullcontext()
-    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16), attention:
-        yield
+    def steps(self, epoch: int):
+        """For each step that is left of this epoch, yields the accum_steps mini-batches of this
+        process: see `Images.read`. If a signal came, it saves and ends the run after the step."""
+        args, accum, first = self.args, self.args.accum_steps, epoch * self.per_epoch
+        torch.manual_seed(seed_of(args.seed, self.name, epoch))
+        order = torch.randperm(self.n)[: self.per_epoch * args.global_batch]
+        order = order.view(self.per_epoch, WORLD_SIZE, accum, -1)[:, RANK]   # (steps, accum, B)
+        batches = self.train.read(order[self.step - first:].flatten(0, 1))
+        if self.step == first:
+            self.loss.zero_()
+            self.seconds = 0.0
+        began = time.time() - self.seconds
 
+        def mini_batches():
+            for i in range(accum):                       # seeded anew for each, so that a run may
+                part = RANK * accum + i                  # resume on another number of processes
+                torch.manual_seed(seed_of(args.seed, self.name, self.step, part))
+                if WORLD_SIZE > 1:                       # only the last backward pass averages
+                    self.parallel.require_backward_grad_sync = i + 1 == accum
+                yield next(batches)
 
-class PlainAttention(TorchFunctionMode):
-    """Computes attention as two matrix products. On CPUs, the backward pass of torch's fused
-    attention in bfloat16 takes as long as the rest of a step."""
+        while self.step < first + self.per_epoch:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(self.step) * group.get("lr_scale", 1.0)
+            yield mini_batches()
+            self.step += 1
+            self.seconds = time.time() - began
+            show_progress(lambda: self.progress(epoch))
+            number = all_reduce(torch.tensor(max(SIGNALS, default=0)), dist.ReduceOp.MAX).item()
+            if number:
+                self.save()
+                say(f"stopped by {signal.Signals(number).name} after step {self.step} of "
+                    f"{self.name}: the same command with --resume continues")
+                sys.exit(128 + number)
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
-            q, k, v = args
-            return (q @ k.mT / math.sqrt(q.shape[3])).softmax(dim=3) @ v
-        return function(*args, **(kwargs or {}))
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then half a cosine to 0."""
+        epoch, warmup = step / self.per_epoch, self.warmup
+        if epoch < warmup:
+            return self.lr * epoch / warmup
+        return self.lr * (0.5 + 0.5 * math.cos(math.pi * (epoch - warmup) / (self.total - warmup)))
 
+    def progress(self, epoch: int) -> str:
+        done = self.step - epoch * self.per_epoch
+        left = [self.seconds / done * (self.per_epoch - done), (time.time() - self.began)
+                / (self.step - self.first) * (self.total * self.per_epoch - self.step)]
+        left = [timedelta(seconds=round(x)) for x in left]
+        speed = done * self.args.global_batch / self.seconds
+        return (f"{self.name} {epoch + 1}/{self.total}, step {done}/{self.per_epoch}, loss "
+                f"{self.loss.item() / done:.3f}, {speed:.0f} images/s, left {left[0]} (run {left[1]})")
+
+    def end_epoch(self, columns: dict[str, str]):
+        """Adds a row to the log, prints it, and saves if it is time."""
+        loss = all_reduce(self.loss.clone()).item() / WORLD_SIZE / self.per_epoch
+        speed = self.per_epoch * self.args.global_batch / self.seconds
+        row = {"epoch": str(len(self.log) + 1), "loss": f"{loss:.5f}",
+               "lr": f"{self.learning_rate(self.step - 1):.3e}", "seconds": f"{self.seconds:.2f}",
+               "images_per_second": f"{speed:.0f}"} | columns
+        self.log.append(row)
+        say(f"{self.name}: " + ", ".join(f"{k} {v}" for k, v in row.items() if v))
+        lines = [",".join(row) for row in [self.log[0], *(row.values() for row in self.log)]]
+        write(self.args.out_dir / f"{self.prefix}log.csv", "\n".join([*lines, ""]).encode())
+        if len(self.log) % self.args.save_every == 0 or len(self.log) == self.total:
+            self.save()
+
+    def save(self):
+        loss = all_reduce(self.loss.clone()) / WORLD_SIZE
+        if not all(x.isfinite().all() for x in [loss, *self.model.parameters()]):
+            raise ValueError(f"the loss or a weight is not finite after step {self.step} of "
+                             f"{self.name}; nothing was saved. Start anew with a lower --blr")
+        if self.name == "pretraining":
+            write(self.args.out_dir / "encoder.pth", self.model.encoder.state_dict())
+        write(self.path, {name: getattr(self, name) for name in self.KEPT} | {
+            "loss": loss, "model": self.model.state_dict(), "data": self.train.about,
+            "optimizer": self.optimizer.state_dict(), "settings": settings(self.args, self.name)})
+
+def settings(args, stage: str) -> dict[str, str]:
+    """The flags that a resumed run must share with its checkpoint."""
+    free = ["data_path", "workers", "resume", "out_dir", "save_every", "accum_steps", "compile",
+            "probe_every"]
+    flags = {k: str(v) for k, v in vars(args).items() if k not in free
+             and (stage == "finetune" or not k.startswith("finetune"))}
+    if args.checkpoint not in (None, "none"):
+        flags["checkpoint"] = f"checksum {zlib.crc32(Path(args.checkpoint).read_bytes()):08x}"
+    return flags
+
+def refuse_other(what: Path | str, theirs: dict, mine: dict):
+    differ = [f"{name} {theirs.get(name)} (here {value})" for name, value in mine.items()
+              if theirs.get(name) != value]
+    if differ:
+        raise ValueError(f"{what} has other flags or images: {', '.join(differ)}")
+
+def load_file(path: Path | str) -> dict:
+    """Loads a file of torch.save after verifying its checksums, which torch does not."""
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
+        with torch.serialization.safe_globals([argparse.Namespace]):         # is in MAE's files
+            return torch.load(path, DEVICE, weights_only=True)
+    except Exception as error:                           # torch.load raises many types
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise ValueError(f"cannot load {path}: {reason}") from None
+
+def write(path: Path, content: bytes | dict):
+    """Writes a file. A kill or a full disk leaves either the old file or the new one, whole."""
+    if RANK == 0:
+        part = path.with_name(path.name + ".part")
+        try:
+            with open(part, "wb") as file:
+                torch.save(content, file) if isinstance(content, dict) else file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:         # torch.save raises the latter
+            part.unlink(missing_ok=True)
+            raise OSError(f"cannot write {path}, the old file is unharmed: {error}") from None
+
+def seed_of(*key) -> int:
+    return random.Random(repr(key)).getrandbits(63)
 
 # ==== Linear probe and fine-tuning ================================================================
-
-class LinearProbe(Stage):
-    """A linear layer on [CLS] of the frozen encoder, after a BatchNorm without affine. BatchNorm
-    sees WORLD_SIZE * batch_size images, so the result depends on the number of processes."""
-
-    def __init__(self, args, data, encoder: amt.ViT):
-        torch.manual_seed(seed_of(args.seed))
-        head = nn.Sequential(nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6),
-                             nn.Linear(encoder.embed_dim, data.classes)).to(DEVICE)
-        nn.init.trunc_normal_(head[1].weight, std=0.01)
-        nn.init.zeros_(head[1].bias)
-        optimizer = torch.optim.SGD(head.parameters(), lr=0.0, momentum=0.9)
-        super().__init__(args, data, "probe", head, optimizer, args.probe_blr, args.probe_epochs,
-                         len(data.train_labels))
-        self.parallel = head
-        self.encoder = encoder
-        self.encoder_checksum = checksum(*encoder.state_dict().values())
-
-    def logits(self, images: Tensor) -> Tensor:
-        return self.model(features(self.args, self.data, self.encoder, images))
-
-    def loss(self, ids: Tensor, images: Tensor, theta: Tensor) -> Tensor:
-        # Each process encodes its own images. Then the processes exchange the features, and each
-        # trains the same head on all of them. So the head needs no DDP.
-        x = features(self.args, self.data, self.encoder, images)
-        all_x = torch.zeros(WORLD_SIZE, *x.shape, device=DEVICE)
-        all_labels = torch.zeros(WORLD_SIZE, len(ids), dtype=torch.int64, device=DEVICE)
-        all_x[RANK] = x
-        all_labels[RANK] = self.data.train_labels[ids]
-        logits = self.model(all_reduce(all_x).flatten(0, 1))
-        return F.cross_entropy(logits, all_reduce(all_labels).flatten())
-
-    def end_epoch(self, done: int) -> dict[str, str]:
-        if done < self.epochs:
-            return {"test_accuracy": "", "cached_accuracy": ""}
-        return {"test_accuracy": accuracy(self),
-                "cached_accuracy": cached_probe(self.args, self.data, self.encoder)}
-
-
 @torch.no_grad()
-def features(args, data, encoder: amt.ViT, images: Tensor) -> Tensor:
-    """[CLS] (B, D) of images (B, 3, H, H), 0 to 255."""
+def outputs(args, images: "Images", function, shape: tuple, text: str = "") -> Tensor:
+    """function(test images (B, 3, H, H)) of all images with labels: (n, *shape)."""
+    n = len(images.labels)
+    result = torch.zeros(n, *shape, device=DEVICE)
+    for ids, squares, ratio in images.read(share(n).split(args.batch_size), text):
+        with autocast(args):
+            result[ids] = function(images.central(squares, ratio)).float()
+    return all_reduce(result)
+
+def accuracy(logits: Tensor, images: "Images") -> str:
+    return f"{100 * (logits.argmax(dim=1) == images.labels).float().mean().item():.2f}"
+
+def linear_probe(args, train: "Images", test: "Images", encoder: amt.ViT) -> dict[str, str]:
+    """The test accuracy of linear classifiers on frozen [CLS] and on the mean of the patches."""
+    def readouts(images: Tensor) -> Tensor:
+        tokens = encoder(images)                                             # (B, 1+N, D)
+        return torch.stack([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)         # (B, 2, D)
+
+    if len(train.classes) < 2 or not len(test):
+        say("no linear probe, because there is one class or no test image")
+        return {}
     encoder.eval()
-    with precision(args):
-        return encoder(data.normalise(images))[:, 0].float()
+    x, x_test = (outputs(args, images, readouts, (2, encoder.embed_dim), "features of the probe")
+                 for images in (train, test))                                # (n, 2, D)
+    found = {}
+    for i, name in enumerate(["probe_cls", "probe_mean"]):
+        torch.manual_seed(seed_of(args.seed, "probe"))
+        logits = amt.linear_probe(x[:, i], train.labels, x_test[:, i])
+        found[name] = accuracy(logits, test)
+    return found
 
+def finetune(args, train: "Images", test: "Images", encoder: amt.ViT):
+    """Trains the encoder and a linear layer on [CLS], after the recipe of He et al., 2022."""
+    if len(train.classes) < 2 or not len(test):
+        raise ValueError("--finetune-epochs needs two classes or more, and test images")
+    torch.manual_seed(seed_of(args.seed, "finetune"))
+    classes, depth, model = len(train.classes), len(encoder.blocks), nn.Sequential()
+    model.encoder, model.head = encoder, nn.Linear(encoder.embed_dim, classes).to(DEVICE)
+    encoder.register_forward_hook(lambda module, inputs, tokens: tokens[:, 0])           # [CLS]
+    nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    nn.init.zeros_(model.head.bias)
+    for i, block in enumerate(encoder.blocks):           # drop path, rising to 0.1 in the last one
+        for branch in (block.attn, block.mlp):
+            branch.register_forward_hook(lambda module, inputs, y, p=0.1 * i / max(depth - 1, 1):
+                                         stochastic_depth(y, p, "row", module.training))
+    decay = 0.75 if args.epochs or args.checkpoint != "none" else 1.0        # layer-wise
 
-def cached_probe(args, data, encoder: amt.ViT) -> str:
-    """The test accuracy, in percent, of a linear layer on [CLS] of whole images, standardised.
+    def lr_scale(name: str) -> float:
+        """1 for the head and the last norm. A layer has `decay` times the next one's."""
+        if name.startswith("encoder.blocks."):
+            return decay ** (depth - int(name.split(".")[2]))
+        below = name.startswith(("encoder.cls_token", "encoder.patch_embed"))
+        return decay ** (depth + 1) if below else 1.0
 
-    There is no augmentation, so each image goes through the encoder once. A random tenth of the
-    training images is held out. The layer is trained on the others until the loss of the held-out
-    ones has not improved in three rounds of L-BFGS.
-    """
-    def all_features(split: str, n: int) -> Tensor:
-        x = torch.zeros(n, encoder.embed_dim, device=DEVICE)
-        for ids, images in data.whole(split, share(n)):
-            x[ids] = features(args, data, encoder, images)
-        return all_reduce(x)
-
-    labels = data.train_labels
-    x, x_test = all_features("train", len(labels)), all_features("test", len(data.test))
-    std, mean = torch.std_mean(x, dim=0)
-    x, x_test = (x - mean) / (std + 1e-6), (x_test - mean) / (std + 1e-6)
-    torch.manual_seed(seed_of(args.seed, "cached probe"))
-    held_out, used = torch.randperm(len(x)).to(DEVICE).tensor_split([len(x) // 10])
-    head = nn.Linear(encoder.embed_dim, data.classes).to(DEVICE)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=10)
-
-    def training_loss() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(head(x[used]), labels[used])
-        loss.backward()
-        return loss
-
-    losses = []                                          # of the held-out images, each round
-    test_accuracy = 0.0                                  # in the round with the lowest loss
-    while len(losses) < 4 or min(losses[-3:]) < min(losses[:-3]):
-        optimizer.step(training_loss)
-        with torch.no_grad():
-            losses.append(F.cross_entropy(head(x[held_out]), labels[held_out]).item())
-            right = head(x_test).argmax(dim=1) == data.test_labels
-        if losses[-1] == min(losses):
-            test_accuracy = 100 * right.float().mean().item()
-    return f"{test_accuracy:.2f}"
-
-
-class Classifier(nn.Module):
-    """Logits (B, classes) of images: a linear layer on [CLS] of the encoder."""
-
-    def __init__(self, encoder: amt.ViT, classes: int):
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(encoder.embed_dim, classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.encoder(images)[:, 0])
-
-
-class FineTuning(Stage):
-    """The encoder and a linear layer on [CLS], after the recipe of He et al., 2022. An untrained
-    encoder (--checkpoint none) has no layer-wise learning-rate decay."""
-
-    def __init__(self, args, data, pretrained: amt.ViT):
-        torch.manual_seed(seed_of(args.seed))
-        encoder = build_encoder(args)
-        encoder.load_state_dict(pretrained.state_dict())
-        add_drop_path(encoder, 0.1)
-        model = Classifier(encoder, data.classes).to(DEVICE)
-        depth = len(encoder.blocks)
-        decay = 1.0 if args.checkpoint == "none" else 0.75
-
-        def lr_scale(name: str) -> float:
-            """1 for the head and the last norm. A layer has `decay` times the next one's."""
-            if name.startswith("encoder.blocks."):
-                return decay ** (depth - int(name.split(".")[2]))
-            below = name.startswith(("encoder.cls_token", "encoder.patch_embed"))
-            return decay ** (depth + 1) if below else 1.0
-
-        super().__init__(args, data, "finetune", model, build_optimizer(model, 0.999, lr_scale),
-                         args.finetune_blr, args.finetune_epochs, len(data.train_labels))
-        self.parallel = wrap(args, model)
-        self.encoder_checksum = checksum(*pretrained.state_dict().values())
-        self.warmup = self.epochs // 20
-        self.augment = args.finetune_randaugment
-        self.mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=data.classes),
-                                    v2.CutMix(alpha=1.0, num_classes=data.classes)])
-
-    def logits(self, images: Tensor) -> Tensor:
-        with precision(self.args):
-            return self.model(self.data.normalise(images)).float()
-
-    def loss(self, ids: Tensor, images: Tensor, theta: Tensor) -> Tensor:
-        images, labels = self.mix(self.data.normalise(images), self.data.train_labels[ids])
-        with precision(self.args):
-            logits = self.parallel(images).float()
-        return F.cross_entropy(logits, labels, label_smoothing=0.1)
-
-    def end_epoch(self, done: int) -> dict[str, str]:
-        return {"test_accuracy": accuracy(self)}
-
-
-def add_drop_path(encoder: amt.ViT, rate: float):
-    """In training, the attention and the MLP of a block are skipped for some images (stochastic
-    depth). The probability rises linearly from 0 in the first block to `rate` in the last one."""
-    depth = len(encoder.blocks)
-    for i, block in enumerate(encoder.blocks):
-        def skip(module, inputs, output, p=rate * i / max(depth - 1, 1)):
-            return stochastic_depth(output, p, "row", module.training)
-
-        block.attn.register_forward_hook(skip)
-        block.mlp.register_forward_hook(skip)
-
-
-@torch.no_grad()
-def accuracy(stage: LinearProbe | FineTuning) -> str:
-    """The accuracy on the test images, without random crops, in percent."""
-    stage.model.eval()
-    right = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    for ids, images in stage.data.whole("test", share(len(stage.data.test))):
-        right += (stage.logits(images).argmax(dim=1) == stage.data.test_labels[ids]).sum()
-    return f"{100 * all_reduce(right).item() / len(stage.data.test):.2f}"
-
-
-def checksum(*tensors: Tensor) -> int:
-    crc = 0
-    for x in tensors:
-        crc = zlib.crc32(x.cpu().contiguous().numpy(), crc)
-    return crc
-
+    run = Run(args, "finetune", model, build_optimizer(model, 0.999, lr_scale), args.finetune_blr,
+              args.finetune_epochs, args.finetune_epochs // 20, train, len(train.labels))
+    mixes = v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)
+    mix, augment = v2.RandomChoice(mixes), v2.RandAugment()
+    for epoch in range(len(run.log), args.finetune_epochs):
+        model.train()
+        for mini_batches in run.steps(epoch):
+            for ids, squares, ratio in mini_batches:
+                theta = amt.random_crops(len(ids), image_ratio=ratio)
+                images = amt.crop(squares, theta, args.img_size, "bicubic").clamp(0, 255)
+                if args.finetune_randaugment:
+                    images = torch.stack([augment(image) for image in images.round().byte()])
+                images, labels = mix(train.normalize(images), train.labels[ids])
+                with autocast(args):
+                    logits = run.parallel(images).float()
+                loss = F.cross_entropy(logits, labels, label_smoothing=0.1) / args.accum_steps
+                loss.backward()
+                run.loss += loss.detach()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        logits = outputs(args, test, model.eval(), (classes,))
+        run.end_epoch({"test_accuracy": accuracy(logits, test)})
+    write(args.out_dir / "finetuned.pth",
+          {name.removeprefix("encoder."): p for name, p in model.state_dict().items()})
 
 def load_encoder(args) -> amt.ViT:
-    """The encoder of --checkpoint: a file of this script, of timm or of MAE ({"model": ...}).
-    Positions of another grid are interpolated."""
+    """A new encoder, or that of --checkpoint."""
     torch.manual_seed(seed_of(args.seed))
-    encoder = build_encoder(args).to(DEVICE)
-    if args.checkpoint == "none":
-        return encoder
-    try:
-        saved = load_file(args.checkpoint)
-        saved = saved.get("model", saved.get("state_dict", saved))
-        state = {}
-        for name, p in saved.items():
-            name = name.removeprefix("module.").removeprefix("encoder.")
-            if not name.startswith(("decoder", "mask_token", "head.")):
-                state[name] = p
-        cls, grid = state["pos_embed"].tensor_split([1], dim=1)
-        if grid.shape[1] != encoder.grid_size ** 2:
-            h = amt.square_side(grid.shape[1])
-            grid = grid.unflatten(1, (h, h)).permute(0, 3, 1, 2).float()     # (1, D, h, w)
-            grid = F.interpolate(grid, size=encoder.grid_size, mode="bicubic", antialias=True)
-            grid = grid.flatten(2).transpose(1, 2)                           # (1, N, D)
-        state["pos_embed"] = torch.cat([cls, grid], dim=1)
-        encoder.load_state_dict(state)
-    except Exception as error:                           # torch.load raises many types
-        sys.exit(f"error: --checkpoint {args.checkpoint} does not load as a ViT of --model "
-                 f"{args.model}, --patch-size {args.patch_size} and {len(encoder.blocks)} blocks: "
-                 f"{one_line(error)}. Give a state dict of this script, timm or MAE")
-    return encoder
+    kwargs = {"depth": args.depth} if args.depth else {}
+    encoder = getattr(amt, args.model)(img_size=args.img_size, patch_size=args.patch_size, **kwargs)
+    if args.checkpoint not in (None, "none"):
+        amt.load_weights(encoder, load_file(args.checkpoint))
+    return encoder.to(DEVICE)
 
-
-# ==== Data in memory ==============================================================================
-
+# ==== Data ========================================================================================
 class Images:
-    """A data set on the device, as bytes (n, 3, H, H). The first len(train_labels) training images
-    have labels. Mean and standard deviation are those of the training pixels."""
+    """Whole images as squares (n, 3, S, S) of bytes, whatever their width / height was: in memory,
+    or in files that are decoded whenever they are read. The first len(labels) have labels."""
 
-    def __init__(self, args, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]):
-        self.args = args
-        self.fingerprint = checksum(*train, *test)
-        size = [args.img_size, args.img_size]
-        self.train, self.test = (v2.functional.resize(images, size).to(DEVICE).contiguous()
-                                 for images, _ in (train, test))
-        self.train_labels, self.test_labels = train[1].to(DEVICE), test[1].to(DEVICE)
-        self.classes = int(self.train_labels.max()) + 1
-        every = 1 + self.train.numel() // 2 ** 28        # every k-th image: at most 1 GiB
-        some = self.train[::every].float()
-        self.std, self.mean = (x[:, None, None] for x in torch.std_mean(some, dim=(0, 2, 3)))
+    def __init__(self, args, labels: list[int], classes: list[str], squares: Tensor | None = None,
+                 ratio: Tensor | None = None, files: list[str] = ()):
+        self.args, self.classes, self.files, self.squares = args, classes, files, squares
+        self.labels = torch.tensor(labels, dtype=torch.int64, device=DEVICE)
+        if squares is not None and squares.nbytes < 2 ** 33:     # more stay in the host's memory
+            self.squares = squares.to(DEVICE)
+        self.ratio = torch.ones(len(self)) if ratio is None else ratio       # width / height
 
-    def normalise(self, pixels: Tensor) -> Tensor:
-        return (pixels - self.mean) / self.std
+    def __len__(self) -> int:
+        return len(self.files if self.squares is None else self.squares)
 
-    def whole(self, split: str, ids: Tensor):
-        """Yields ids (B,) and whole images (B, 3, H, H), 0 to 255, of "train" or "test"."""
-        images = self.train if split == "train" else self.test
-        for part in ids.to(DEVICE).split(self.args.batch_size):
-            yield part, images[part].float()
+    def read(self, batches, text: str = ""):
+        """Yields indices (B,), squares (B, 3, S, S), 0 to 255, on the device, and ratios (B,) for
+        each mini-batch of indices. Threads decode files two mini-batches ahead, as Pillow and
+        torch release Python's lock. `text` is shown with the progress."""
+        pool, ahead, done = ThreadPoolExecutor(self.args.workers), [], 0
+        try:
+            for i, ids in enumerate(batches):
+                if self.squares is not None:
+                    squares, ratio = self.squares[ids.to(self.squares.device)], self.ratio[ids]
+                else:
+                    for other in batches[i + len(ahead): i + 3]:
+                        ahead.append(pool.map(self.decode, [self.files[k] for k in other]))
+                    squares, ratio = zip(*ahead.pop(0))
+                    squares, ratio = torch.stack(squares).permute(0, 3, 1, 2), torch.tensor(ratio)
+                yield ids, squares.to(DEVICE, non_blocking=True).float(), ratio
+                done += len(ids)
+                if text:
+                    show_progress(lambda: f"{text}: {done} of {sum(map(len, batches))} images")
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def crops(self, ids: Tensor, scale: tuple[float, float], augment: bool, key: tuple):
-        """Yields ids (B,), random crops (B, 3, H, H), 0 to 255, and their theta (B, 2, 3), drawn
-        from the global random generator. (`Files.crops` draws by `key`.)"""
-        for part in ids.to(DEVICE).split(self.args.batch_size):
-            theta = amt.random_crops(len(part), scale).to(DEVICE)
-            images = amt.crop(self.train[part].float(), theta, self.args.img_size, "bicubic")
-            images = images.clamp(0, 255)                # bicubic interpolation overshoots
-            if augment:
-                images = torch.stack([RAND_AUGMENT(image) for image in images.round().byte()])
-            yield part, images.float(), theta
+    def decode(self, path: str) -> tuple[Tensor, float]:
+        """An image file as a square (S, S, 3) of bytes, and its width / height."""
+        size = [self.args.square_size, self.args.square_size]
+        try:
+            with Image.open(path) as image:
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
+                ratio = image.width / image.height
+                image.draft(None, size)                  # decodes a large JPEG at 1/2, 1/4 or 1/8
+                pixels = v2.functional.pil_to_tensor(image.convert("RGB"))
+        except Exception as error:                       # Pillow raises many types
+            raise ValueError(f"cannot decode {path}: {error}") from None
+        # Pillow's order of the bytes stays, because another one would cost half as much time again.
+        square = v2.functional.resize(pixels, size, v2.InterpolationMode.BICUBIC)
+        return square.permute(1, 2, 0), ratio
 
+    def normalize(self, pixels: Tensor) -> Tensor:
+        return (pixels.clamp(0, 255) - self.mean) / self.std     # bicubic interpolation overshoots
 
-RAND_AUGMENT = v2.RandAugment()
+    def whole(self, squares: Tensor) -> Tensor:
+        """Normalized whole images (B, 3, H, H), squashed to a square."""
+        size = [self.args.img_size, self.args.img_size]
+        return self.normalize(v2.functional.resize(squares, size, v2.InterpolationMode.BICUBIC))
 
+    def central(self, squares: Tensor, ratio: Tensor) -> Tensor:
+        """Normalized test images (B, 3, H, H): whole, as usual for CIFAR, or if squares are larger
+        than crops the central square with 0.875 of the short side, as usual for ImageNet."""
+        if squares.shape[2] <= self.args.img_size:
+            return self.whole(squares)
+        theta = torch.zeros(len(squares), 2, 3)
+        theta[:, 0, 0], theta[:, 1, 1] = (0.875 * x.clamp(max=1) for x in (1 / ratio, ratio))
+        return self.normalize(amt.crop(squares, theta, self.args.img_size, "bicubic"))
 
-def load_data(args):
+def load_data(args) -> tuple[Images, Images]:
+    """The training and the test images. Files get ImageNet's mean and std, others their own."""
     if args.dataset == "shapes":
-        return Images(args, shapes(args.num_images, seed=1), shapes(1000, seed=2))
-    if args.dataset in ("cifar10", "cifar100", "stl10"):
-        return Images(args, *download(args))
-    files = Files(args)
-    return files if args.dataset == "imagenet" else Images(args, *files.decode_all())
+        train, test = shapes(args, args.num_images, 1), shapes(args, 8000, 2)
+    elif args.dataset in DOWNLOADS:
+        train, test = download(args)
+    else:
+        train = image_files(args, "train", [])
+        test = image_files(args, "val", train.classes)
+    mean, std = 255 * torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    if not args.square_size:
+        some = train.squares[::1 + train.squares.numel() // 2 ** 28]         # floats: at most 1 GiB
+        std, mean = torch.std_mean(some.float(), dim=(0, 2, 3))
+    std, crc = std.clamp_min(1), 0                       # a channel may be constant
+    for images in (train, test):
+        images.mean, images.std = (x.to(DEVICE)[:, None, None] for x in (mean, std))
+        names = [os.path.relpath(file, args.data_path) for file in images.files]
+        crc = zlib.crc32(os.fsencode(f"{names} {images.labels.tolist()}"), crc)
+        if images.squares is not None:
+            crc = zlib.crc32(images.squares.cpu().contiguous().numpy(), crc)
+    mean, std = ([round(x, 6) for x in (v / 255).tolist()] for v in (mean, std))
+    train.about = dict(mean=mean, std=std, classes=train.classes, images=f"checksum {crc:08x}")
+    return train, test
 
-
-def download(args) -> list[tuple[Tensor, Tensor]]:
-    """The training and test images and labels of a data set that torchvision downloads."""
-    dataset = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}[args.dataset]
-    splits = [{"train": True}, {"train": False}]
-    if dataset is STL10:
-        splits = [{"split": "train+unlabeled"}, {"split": "test"}]   # the unlabelled ones are last
+def download(args) -> list[Images]:
+    """The training and the test images of a dataset that torchvision downloads."""
+    kind, *splits = DOWNLOADS[args.dataset]
     try:
         if LOCAL_RANK == 0:
-            dataset(args.data_path, download=True)
+            kind(args.data_path, download=True)
         all_reduce(torch.zeros(1))                       # the others wait for the download
-        train, test = (dataset(args.data_path, **split) for split in splits)
-    except Exception as error:                           # torchvision raises many types
-        sys.exit(f"error: cannot read or download {dataset.__name__} in --data-path "
-                 f"{args.data_path} ({one_line(error)}): connect to the internet, or give the "
-                 f"directory that holds {dataset.base_folder}")
-    if dataset is STL10:
-        return [(torch.from_numpy(x.data), torch.tensor(x.labels[x.labels >= 0]).long())
-                for x in (train, test)]
-    return [(torch.from_numpy(x.data).permute(0, 3, 1, 2), torch.tensor(x.targets))
-            for x in (train, test)]
+        found = [kind(args.data_path, **split) for split in splits]
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"cannot find {kind.base_folder} in --data-path {args.data_path}, nor "
+                         f"download it: {error}") from None
+    for i, x in enumerate(found):
+        squares = torch.from_numpy(x.data if kind is STL10 else x.data.transpose(0, 3, 1, 2).copy())
+        if squares.shape[2] > args.img_size:
+            squares = v2.functional.resize(squares, [args.img_size, args.img_size])
+        labels = x.labels.tolist() if kind is STL10 else x.targets
+        found[i] = Images(args, [label for label in labels if label >= 0], x.classes, squares)
+    return found
 
+def image_files(args, split: str, classes: list[str]) -> Images:
+    """The images in DIR/split/<class>/, with labels as in train/. There may be no val/."""
+    folder = Path(args.data_path) / split
+    if split == "val" and not folder.exists():
+        return Images(args, [], classes)
+    found, notes = ImageFolder(folder), folder / "val_annotations.txt"
+    files, kinds = [file for file, _ in found.samples], [found.classes[i] for i in found.targets]
+    if notes.exists():                                   # Tiny ImageNet's: file, class, a box
+        names = dict(line.split("\t")[:2] for line in notes.read_text().splitlines())
+        kinds = [names[Path(file).name] for file in files]
+    index = {name: i for i, name in enumerate(classes or found.classes)}
+    if set(kinds) - index.keys():
+        raise ValueError(f"{folder} has classes that train/ has not: {set(kinds) - index.keys()}")
+    labels, ids = [index[kind] for kind in kinds], torch.arange(len(files)).split(512)
+    images = Images(args, labels, list(index), files=files)
+    if args.dataset != "imagenet":                       # decode them once
+        squares, ratio = zip(*((squares.byte().cpu(), ratio)
+                               for _, squares, ratio in images.read(ids, f"decoding {split}")))
+        images = Images(args, labels, list(index), torch.cat(squares), torch.cat(ratio))
+    return images
 
-def shapes(n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """n images (n, 3, 32, 32) of textured objects on smooth backgrounds, and labels 0 to 9 (n,).
-
-    Class c has outline c mod 5 (triangle, square, hexagon, disc, flower). The first five classes
-    have texture c mod 5, the others the next one. So neither outline nor texture tells the class.
-    """
-    g = torch.Generator().manual_seed(seed)
-
+def shapes(args, n: int, seed: int) -> Images:
+    """n textured objects. Class c has outline c mod 5 (triangle, square, hexagon, disc, flower) and
+    texture c mod 5 or, from class 5, the next. So neither outline nor texture tells the class."""
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(n, *shape, generator=g)
 
-    label = torch.arange(n) % 10
+    def polygon(sides: int) -> Tensor:
+        sector = (turn + math.pi / sides) % (2 * math.pi / sides) - math.pi / sides
+        return radius * sector.cos() < math.cos(math.pi / sides)
+
+    g, label = torch.Generator().manual_seed(seed), torch.arange(n) % 10
     outline, texture = label % 5, (label + label // 5) % 5
     y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
     angle, size = uniform(-0.2, 0.2, 1, 1), uniform(0.8, 1.0, 1, 1)
     x, y = x - uniform(-0.15, 0.15, 1, 1), y - uniform(-0.15, 0.15, 1, 1)
     x, y = (x * angle.cos() - y * angle.sin()) / size, (x * angle.sin() + y * angle.cos()) / size
     radius, turn = torch.hypot(x, y), torch.atan2(x, -y)                     # (n, 32, 32)
-
-    def polygon(sides: int) -> Tensor:
-        sector = (turn + math.pi / sides) % (2 * math.pi / sides) - math.pi / sides
-        return radius * sector.cos() < math.cos(math.pi / sides)
-
     inside = torch.stack([polygon(3), polygon(4), polygon(6), radius < 0.9,
                           radius < 0.7 + 0.3 * (5 * turn).cos()])            # (5, n, 32, 32)
     pattern = torch.stack([(9 * x).sin(), (9 * y).sin(), (12 * radius).sin(),
                            (8 * x).sin() * (8 * y).sin(), (6 * turn).sin()]) > 0
     inside, pattern = inside[outline, torch.arange(n)], pattern[texture, torch.arange(n)]
-
     corners = uniform(0, 255, 3, 2, 2)
     background = F.interpolate(corners, size=32, mode="bilinear", align_corners=True)
     dark, light = uniform(0, 100, 3, 1, 1), uniform(155, 255, 3, 1, 1)
     image = torch.where(inside[:, None], torch.where(pattern[:, None], light, dark), background)
-    return image.round().byte(), label
-
-
-# ==== Data on disk ================================================================================
-
-class Files:
-    """Image files that --workers processes decode anew in each pass. It has the methods of Images.
-
-    Here, crops come from the whole image, a test image is the central square with 0.875 of the
-    short side, and mean and standard deviation are ImageNet's, as usual for ImageNet. In Images,
-    crops come from the central square, a test image is all of the central square, and mean and
-    standard deviation are those of the data set, as usual for CIFAR.
-    """
-    normalise = Images.normalise
-
-    def __init__(self, args):
-        self.args = args
-        root = Path(args.data_path)
-        try:
-            train = ImageFolder(root / "train")
-            if args.dataset == "tiny-imagenet":          # lines of file, class and a box
-                lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
-                fields = [line.split("\t") for line in lines]
-                test = [(str(root / "val" / "images" / name), kind) for name, kind, *_ in fields]
-            else:
-                val = ImageFolder(root / "val")
-                test = [(path, val.classes[label]) for path, label in val.samples]
-            test = [(path, train.class_to_idx[kind]) for path, kind in test]
-            (self.train, train_labels), (self.test, test_labels) = zip(*train.samples), zip(*test)
-        except (OSError, ValueError, KeyError) as error:
-            sys.exit(f"error: --data-path {root} does not have the layout of --dataset "
-                     f"{args.dataset}, or a class of val is not in train: {one_line(error)}")
-        self.train_labels = torch.tensor(train_labels, device=DEVICE)
-        self.test_labels = torch.tensor(test_labels, device=DEVICE)
-        self.classes = len(train.classes)
-        names = [f"{os.path.relpath(path, root)} {label}" for path, label in train.samples + test]
-        self.fingerprint = zlib.crc32(os.fsencode("\n".join(names)))
-        mean_std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=DEVICE)
-        self.mean, self.std = 255 * mean_std[:, :, None, None]
-
-    def read(self, paths: tuple, ids: Tensor, view, augment: bool = False, key: tuple = ()):
-        """Yields ids (B,), pixels (B, 3, H, H), 0 to 255, and theta (B, 2, 3) of these files."""
-        loader = DataLoader(
-            Decoder(paths, self.args.img_size, view, augment, key), self.args.batch_size,
-            sampler=ids.tolist(), num_workers=self.args.workers, worker_init_fn=outlive_signals,
-            pin_memory=DEVICE.type == "cuda",
-            generator=torch.Generator())                 # else it uses up a global random number
-        failure = None
-        try:
-            for i, batch in enumerate(loader):
-                part, pixels, theta = (x.to(DEVICE, non_blocking=True) for x in batch)
-                yield part, pixels.permute(0, 3, 1, 2).float(), theta
-                if not isinstance(view, tuple):          # training prints its own progress
-                    progress(f"read {(i + 1) * self.args.batch_size} of {len(ids)} images")
-        except ValueError as error:                      # a worker's own message is the last line
-            failure = str(error).splitlines()[-1].removeprefix("ValueError: ")
-            error.with_traceback(None)                   # the traceback keeps the workers alive
-        if failure:
-            sys.exit(f"error: {failure}")
-
-    def whole(self, split: str, ids: Tensor):
-        paths, view = (self.train, "whole") if split == "train" else (self.test, 0.875)
-        for part, pixels, _ in self.read(paths, ids, view):
-            yield part, pixels
-
-    def crops(self, ids: Tensor, scale: tuple[float, float], augment: bool, key: tuple):
-        return self.read(self.train, ids, scale, augment, key)
-
-    def decode_all(self) -> list[tuple[Tensor, Tensor]]:
-        """The central squares and the labels of all training and all test images, for Images."""
-        splits, size = [], self.args.img_size
-        for paths, labels in [(self.train, self.train_labels), (self.test, self.test_labels)]:
-            images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-            for ids, pixels, _ in self.read(paths, torch.arange(len(paths)), 1.0):
-                images[ids.cpu()] = pixels.byte().cpu()
-            splits.append((images, labels.cpu()))
-        return splits
-
-
-class Decoder(Dataset):
-    """Decodes image files of any size. Item i is (i, RGB bytes (H, H, 3), theta (2, 3)).
-
-    `view` says what part of the image is shown, and theta says where this part lies. "whole" is
-    all of it, whatever its aspect ratio. A number is the central square with this fraction of the
-    short side. A pair is a random crop with an area in this range; its random numbers follow from
-    `key` and i.
-    """
-
-    def __init__(self, paths: tuple, img_size: int, view, augment: bool, key: tuple):
-        self.paths = np.array([os.fsencode(path) for path in paths])     # shared with the workers
-        self.img_size = img_size
-        self.view = view
-        self.augment = augment
-        self.key = key
-
-    def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor]:
-        path = os.fsdecode(self.paths[i])
-        try:
-            with Image.open(path) as image:
-                pixels, theta = self.show(image, i)
-        except Exception as error:                       # Pillow raises many types
-            raise ValueError(f"cannot decode {path} ({one_line(error)}): repair the file, or "
-                             f"remove it and start a new run") from None
-        if self.augment:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed_of(self.key, i, "augment"))
-                pixels = RAND_AUGMENT(pixels)
-        return i, pixels.permute(1, 2, 0).contiguous(), theta    # Pillow's layout copies fastest
-
-    def show(self, image: Image.Image, i: int) -> tuple[Tensor, Tensor]:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"mode {image.mode} has more than 8 bits a channel: convert it")
-        width, height, x, y, flip = self.area(image, i)
-
-        # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop still has enough pixels.
-        size = self.img_size
-        W, H = image.size
-        shrink = max(size / (W * width), size / (H * height))
-        image.draft(None, (math.ceil(shrink * W), math.ceil(shrink * H)))
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-
-        # The crop is rounded to whole pixels, at least one, and theta is that of the rounded crop.
-        W, H = image.size                                # draft has changed it
-        left = min(round((x - width + 1) / 2 * W), W - 1)
-        top = min(round((y - height + 1) / 2 * H), H - 1)
-        right = max(round((x + width + 1) / 2 * W), left + 1)
-        bottom = max(round((y + height + 1) / 2 * H), top + 1)
-        theta = torch.tensor([[(right - left) / W * (-1 if flip else 1), 0, (left + right) / W - 1],
-                              [0, (bottom - top) / H, (top + bottom) / H - 1]])
-
-        pixels = torch.from_numpy(np.array(image.crop((left, top, right, bottom))))
-        pixels = v2.functional.resize(pixels.permute(2, 0, 1), [size, size],
-                                      v2.InterpolationMode.BICUBIC)          # antialiased
-        return pixels.flip(2) if flip else pixels, theta
-
-    def area(self, image: Image.Image, i: int) -> tuple[float, float, float, float, bool]:
-        """Width and height of the view as fractions of the image, its centre (x, y) in [-1, 1], and
-        whether it is flipped."""
-        W, H = image.size
-        if self.view == "whole":
-            return 1, 1, 0, 0, False
-        if isinstance(self.view, tuple):
-            g = torch.Generator().manual_seed(seed_of(self.key, i))
-            theta = amt.random_crops(1, self.view, generator=g, image_ratio=W / H)[0]
-            (width, _, x), (_, height, y) = theta.tolist()
-            return abs(width), height, x, y, width < 0
-        side = self.view * min(W, H)
-        return side / W, side / H, 0, 0, False
-
-
-# ==== Checkpoints =================================================================================
-
-def write_file(path: Path, content):
-    """Writes bytes or a checkpoint. A kill leaves either the old file or the new one, whole."""
-    if RANK != 0:
-        return
-    if not isinstance(content, bytes):
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        content = buffer.getbuffer()
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        sys.exit(f"error: cannot write {path} ({error}): free some space, or give another "
-                 f"--out-dir. The old file is unharmed")
-
-
-def load_file(path: Path | str) -> dict:
-    """Loads a file of torch.save after checking its checksums, which torch does not."""
-    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-        raise ValueError("a checksum is wrong")
-    with torch.serialization.safe_globals([argparse.Namespace]):             # is in MAE's files
-        return torch.load(path, map_location=DEVICE, weights_only=True)
-
-
-def settings(stage: Stage) -> dict:
-    """What a resumed run must share with its checkpoint: flags, images, and the encoder that a
-    probe or a fine-tuning starts from. The flags of the other stages may change."""
-    free = ["data_path", "out_dir", "resume", "save_every", "workers", "accum_steps", "checkpoint",
-            "probe_every", "compile", "benchmark"]
-    flags = {name: value for name, value in vars(stage.args).items() if name not in free
-             and (name.startswith(stage.name) or not name.startswith(("probe_", "finetune_")))}
-    return flags | {"images": stage.data.fingerprint, "encoder": stage.encoder_checksum}
-
-
-def save_checkpoint(stage: Stage):
-    for x in [stage.run["loss"], *stage.model.parameters()]:
-        check_finite(stage, x)
-    if stage.name == "pretraining":
-        write_file(stage.args.out_dir / "encoder.pth", stage.model.encoder.state_dict())
-    write_file(stage.args.out_dir / f"{stage.prefix}checkpoint.pth", {
-        "model": stage.model.state_dict(), "optimizer": stage.optimizer.state_dict(),
-        "settings": settings(stage), "run": stage.run})
-
-
-def load_checkpoint(stage: Stage):
-    path = stage.args.out_dir / f"{stage.prefix}checkpoint.pth"
-    try:
-        saved = load_file(path)
-        now, then = settings(stage), saved["settings"]
-        differ = [f"{k} {then.get(k)} (now {now[k]})" for k in now if then.get(k) != now[k]]
-        if differ:
-            sys.exit(f"error: {path} was made with other settings: {', '.join(differ)}. Resume "
-                     f"with the old ones, or give another --out-dir")
-        if not 0 <= saved["run"]["step"] <= stage.epochs * stage.steps:
-            raise ValueError(f"the run has no step {saved['run']['step']}")
-        stage.model.load_state_dict(saved["model"])
-        stage.optimizer.load_state_dict(saved["optimizer"])
-        stage.run.update({name: saved["run"][name] for name in stage.run})
-        say(f"{stage.name} resumes after step {stage.run['step']} from {path}")
-    except FileNotFoundError:
-        say(f"{path} does not exist yet: {stage.name} starts from the beginning")
-    except Exception as error:                           # torch.load raises many types
-        sys.exit(f"error: {path} is damaged or not a checkpoint of this script "
-                 f"({one_line(error)}): give another --out-dir")
-    check_same(f"steps in {path}", stage.run["step"])
-
-
-# ==== Processes, signals, printed lines ===========================================================
-
-def all_reduce(x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
-    """Reduces x over the processes, in place: sums it, if no other `op` is given."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(x, op)
-    return x
-
-
-def share(n: int) -> Tensor:
-    """The part of 0 ... n-1 that this process takes."""
-    return torch.arange(n).tensor_split(WORLD_SIZE)[RANK]
-
-
-def check_same(what: str, value):
-    """Ends the run if a value differs between the processes."""
-    values = [value] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(values, value)
-    if len(set(values)) > 1:
-        sys.exit(f"error: the processes differ in their {what}: {values}. Give all nodes the same "
-                 f"--data-path and --out-dir")
-
-
-def seed_of(*key) -> int:
-    return random.Random(repr(key)).getrandbits(63)
-
-
-def open_out_dir(args):
-    """Makes --out-dir and returns an open lock file: while it is open, no second run starts."""
-    try:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        old = [path.name for path in args.out_dir.glob("*.pth")]
-        if old and not args.resume:
-            sys.exit(f"error: --out-dir {args.out_dir} has files of an earlier run ({old[0]}): "
-                     f"continue it with --resume, or give another --out-dir")
-        lock = open(args.out_dir / ".lock", "w")
-        if RANK == 0:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"error: another run is writing to {args.out_dir}: give another --out-dir")
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: cannot write to --out-dir {args.out_dir} ({error}): give another one")
-    return lock
-
-
-SIGNALS = {}                            # the signals that came, and when
-
-
-def note_signals():
-    """From now on `fit` finishes its step after a signal, saves and stops. A second signal kills,
-    unless it comes within a second, because torchrun and Slurm send each signal twice."""
-    def note(number, frame):
-        SIGNALS.setdefault(number, time.time())
-        if time.time() - min(SIGNALS.values()) > 1:
-            os._exit(128 + number)
-
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        if signal.getsignal(number) is not signal.SIG_IGN:       # nohup ignores SIGHUP
-            signal.signal(number, note)
-
-
-def outlive_signals(worker: int):
-    """After a signal, a process that decodes images lives 10 s longer: the step needs them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: signal.alarm(10))
-
-
-def say(text: str):
-    """Prints on rank 0. A terminal or a pipe that is closed does not end the run."""
-    if RANK == 0:
-        with suppress(OSError, UnicodeError):
-            print(text, flush=True)
-
-
-def progress(text: str):
-    """Prints a line, but not more than one a minute."""
-    if time.time() - progress.last >= 60:
-        progress.last = time.time()
-        say(text)
-
-
-progress.last = time.time()
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def keep_freed_memory():
-    """Makes glibc keep freed blocks. On a CPU, new ones cost up to a quarter of a step."""
-    with suppress(OSError, AttributeError, TypeError):   # another C library
-        ctypes.CDLL(None).mallopt(-4, 0)                 # M_MMAP_MAX
-        ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)       # M_TRIM_THRESHOLD
-
+    return Images(args, label.tolist(), [f"class {c}" for c in range(10)], image.round().byte())
 
 # ==== Pictures ====================================================================================
-
-def save_grid(rows: list[Tensor], path: Path):
-    """Saves rows of pictures (8, 3, H, W) in [0, 1] as a PNG file."""
-    images = torch.cat([F.interpolate(row, size=128, mode="nearest") for row in rows])
-    file = io.BytesIO()
-    save_image(images, file, format="png", nrow=len(rows[0]), padding=4, pad_value=1.0)
-    write_file(path, file.getvalue())
-
-
-def heat(maps: Tensor) -> Tensor:
-    """Colours (B, 3, h, w) of maps (B, h, w) in [0, 1]: black, red, yellow, white."""
-    return torch.stack([3 * maps, 3 * maps - 1, 3 * maps - 2], dim=1).clamp(0, 1)
-
-
 @torch.no_grad()
-def save_masking(stage: Pretraining):
-    """masking.png: test images, attention, masked (grey) and thrown (black) patches, predictions.
+def save_pictures(args, run: Run, images: Images, rank, ratios, epoch: int):
+    """attention.png: the attention of eight images, a row for each update of the attention maps.
+    masking.png: the same images, masked and predicted. MaskFeat predicts no pixels."""
+    def paint(patches: Tensor, ids: Tensor, colors: Tensor) -> Tensor:
+        return patches.scatter(1, ids[:, :, None].expand(-1, -1, patches.shape[2]), colors)
 
-    MAE predicts normalised patches. They are shown with the mean and contrast of the true patch.
-    MaskFeat predicts no pixels, so it has no row of predictions. Here --weights shuffled and
-    debiased know only the maps of these eight images.
-    """
-    args, data, model, p = stage.args, stage.data, stage.model, stage.args.patch_size
-    pixels = stage.shown()
-    shown, images = pixels / 255, data.normalise(pixels)
-    maps = amt.attention_maps(model.encoder, images)
+    p, unit, model = args.patch_size, METHODS[args.method]["unit"], run.model.eval()
+    ids = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:8]
+    (_, squares, _), = images.read([ids])
+    x = images.whole(squares)
+    maps = run.snapshots[epoch] = amt.attention_maps(model.encoder, x)
     torch.manual_seed(seed_of(args.seed))
-    masking = stage.masking()
-    strategy, unit = masking.pop("strategy"), masking["unit"]
-    ranking = strategy(amt.patchify(reweight(maps, args.weights)[:, None], unit).sum(dim=2))
-    masked, thrown, visible = amt.mask_and_throw(ranking, **masking)
-    model.eval()
-    _, pred = model(images, visible=visible, masked=masked)
-    if args.method == "mae":
-        target = amt.select(amt.patchify(images, p), masked)
-        pred = pred * target.std(dim=2, keepdim=True) + target.mean(dim=2, keepdim=True)
-
-    def paint(patches: Tensor, ids: Tensor, colours) -> Tensor:
-        return patches.scatter(1, ids[:, :, None].expand(-1, -1, patches.shape[2]), colours)
-
-    patches = paint(amt.patchify(shown, p), thrown, 0.0)
-    rows = [shown, heat(maps), amt.unpatchify(paint(patches, masked, 0.5), p)]
+    ranking = rank(amt.patchify(reweight(maps, args.weights)[:, None], unit).sum(dim=2))
+    masked, thrown, visible = amt.mask_and_throw(ranking, *ratios, unit)
+    _, pred = model(x, visible=visible, masked=masked)
+    borrowed = ""
+    if args.method == "mae":                             # it predicts standardized patches
+        borrowed = "\nwith mean and contrast\nof the true patch"
+        true = amt.select(amt.patchify(x, p), masked)
+        pred = pred * true.std(dim=2, keepdim=True) + true.mean(dim=2, keepdim=True)
+    gray, red = (images.normalize(torch.tensor(rgb, device=DEVICE)[:, None, None]).flatten().repeat(
+        len(x), (args.img_size // p) ** 2, p * p) for rgb in ([138, 143, 152], [209, 73, 91]))
+    rest = paint(amt.patchify(x, p), thrown, gray)
+    rows = {"images": amt.patchify(x, p), "red: masked\ngray: thrown": paint(rest, masked, red)}
     if args.method != "maskfeat":
-        std, mean = (x.flatten().repeat(p * p) / 255 for x in (data.std, data.mean))
-        predicted = paint(patches, masked, (pred * std + mean).clamp(0, 1))
-        rows.append(amt.unpatchify(predicted, p))
-    save_grid(rows, args.out_dir / "masking.png")
+        rows["predicted" + borrowed] = paint(rest, masked, pred)
+    rows = {label: (amt.unpatchify(row, p) * images.std + images.mean) / 255
+            for label, row in rows.items()}
+    seen = {f"where [CLS] looks,\nepoch {k} (white:\nmost)": torch.stack(
+        [3 * v, 3 * v - 1, 3 * v - 2], dim=1) for k, v in run.snapshots.items()}
+    for name, rows in [("masking", rows), ("attention", {"images": rows["images"]} | seen)]:
+        pixels = torch.cat([F.interpolate(row.cpu(), size=96) for row in rows.values()]).clamp(0, 1)
+        grid = F.pad(make_grid(pixels, nrow=len(x), padding=4, pad_value=1.0), (150, 0), value=1.0)
+        picture, file = v2.functional.to_pil_image(grid), io.BytesIO()
+        for i, label in enumerate(rows):
+            ImageDraw.Draw(picture).text((6, 100 * i + 30), label, fill="black")
+        picture.save(file, "png")
+        write(args.out_dir / f"{name}.png", file.getvalue())
 
+# ==== Processes, signals, printed lines, main =====================================================
+SIGNALS = []                                             # the numbers of those that came
+SHOWN = {"next": 0.0}                                    # when a line of progress is due
 
-# ==== Benchmark ===================================================================================
+def all_reduce(x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
+    if WORLD_SIZE > 1:
+        dist.all_reduce(x, op)                           # in place
+    return x
 
-def benchmark(args):
-    """Prints the time and the operations of a step: random masking against AMT, in turn."""
-    B = args.batch_size
-    args.global_batch = B
-    args.accum_steps = 1
-    pixels = torch.randint(256, (B, 3, args.img_size, args.img_size), dtype=torch.uint8)
-    images = (pixels, torch.arange(B) % 2)
-    stage = Pretraining(args, Images(args, images, images))
-    whole = [(torch.arange(B), stage.data.normalise(stage.data.train.float()))]
-    rows = [("random", METHODS[args.method]["random"]),
-            *(("attention", ratios) for ratios in METHODS[args.method]["amt"])]
-    times = [[] for _ in range(len(rows) + 1)]           # of a step by each row, and of an update
-    began = time.perf_counter()
-    while len(times[-1]) < 3 or len(times[-1]) < 11 and time.perf_counter() - began < 40:
-        with precision(args):
-            started = time.perf_counter()
-            maps = amt.dataset_maps(stage.model.encoder, whole, B)
-        times[-1].append(synchronised_time() - started)
-        for i, (masking, ratios) in enumerate(rows):
-            args.masking = masking
-            args.mask_ratio, args.throw_ratio = ratios
-            started = time.perf_counter()
-            stage.run["maps"] = maps if masking == "attention" else None
-            stage.loss(*next(batches(stage, 0))).backward()
-            stage.optimizer.step()
-            stage.optimizer.zero_grad()
-            times[i].append(synchronised_time() - started)
-    # The first round compiles and is left out.
-    seconds = [float(np.median(row[1:])) for row in times]
-    gflop = [operations(args, ratios) / 1e9 for _, ratios in rows]
-    chip = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    say(f"{args.method}, {args.model}, {args.img_size} pixels, patches of {args.patch_size}, batch "
-        f"{B}, {args.precision}, {chip}, torch {torch.__version__}, medians of "
-        f"{len(times[0]) - 1} rounds\n"
-        f"masking    mask throw       step   images/s GFLOP/image  time GFLOP (of random's)")
-    for (masking, ratios), s, ops in zip(rows, seconds, gflop):
-        say(f"{masking:9}{ratios[0]:6.2f}{ratios[1]:6.2f}{1e3 * s:8.1f} ms{B / s:11,.1f}{ops:12.3f}"
-            f"{s / seconds[0]:6.2f}{ops / gflop[0]:6.2f}")
-    say(f"update of the attention maps: {B / seconds[-1]:,.1f} images/s")
+def share(n: int) -> Tensor:
+    return torch.arange(n).tensor_split(WORLD_SIZE)[RANK]        # the part that this process takes
 
+def on_signal(number: int, frame):
+    with suppress(OSError):                              # the terminal may be gone
+        os.write(2, b"\nfinishing this step, then saving\n" if RANK == 0 and not SIGNALS else b"")
+    SIGNALS.append(number)
 
-def synchronised_time() -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def say(text: str, end: str = "\n"):
+    if RANK == 0:
+        with suppress(OSError):
+            print(("\r\033[K" if sys.stdout.isatty() else "") + text, end=end, flush=True)
 
+def show_progress(text):
+    """Shows text() if it is time: a line that moves on a terminal, elsewhere one a minute."""
+    if RANK == 0 and time.time() >= SHOWN["next"]:
+        moves = sys.stdout.isatty()
+        SHOWN["next"] = time.time() + (0.5 if moves else 60)
+        width = shutil.get_terminal_size().columns - 1 if moves else None
+        say(text()[:width], end="" if moves else "\n")
 
-def operations(args, ratios: tuple[float, float]) -> int:
-    """Floating-point operations per image of the matrix products, forward and backward."""
-    with torch.device("meta"), PlainAttention(), FlopCounterMode(display=False) as counter:
-        ranking = torch.arange((args.img_size // args.patch_size // args.mask_unit) ** 2)[None]
-        masked, _, visible = amt.mask_and_throw(ranking, *ratios, unit=args.mask_unit)
-        images = torch.zeros(1, 3, args.img_size, args.img_size)
-        build_model(args)(images, visible=visible, masked=masked)[0].backward()
-    return counter.get_total_flops()
+def run_all(args):
+    if WORLD_SIZE > 1:
+        if DEVICE.type == "cuda":
+            torch.cuda.set_device(DEVICE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo",
+                                timeout=timedelta(minutes=30))
+    torch.set_float32_matmul_precision("high")
+    # On CPUs the backward pass of torch's fused attention in bfloat16 takes as long as the rest.
+    torch.backends.cuda.enable_flash_sdp(DEVICE.type == "cuda" or args.precision == "fp32")
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    mine = {f"--{name}": str(value) for name, value in vars(args).items()
+            if name not in ("data_path", "workers")}
+    for path in args.out_dir.glob("*checkpoint.pth"):
+        if not args.resume:
+            raise ValueError(f"{path} exists: continue it with --resume, or give another --out-dir")
+        saved, stage = load_file(path), path.name.removesuffix("checkpoint.pth").strip("-")
+        refuse_other(path, saved["settings"], settings(args, stage))
+        mine[f"steps in {path}"] = saved["step"]
+    encoder = load_encoder(args)
+    train, test = load_data(args)
+    everyone = [mine | train.about] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(everyone, everyone[RANK])
+    for rank, theirs in enumerate(everyone):
+        refuse_other(f"process {rank}", theirs, mine | train.about)
+    say(f"{args.dataset}: {len(train)} training and {len(test)} test images, {train.about}\n"
+        f"{args.model} on {DEVICE} in {args.precision}, {args.global_batch} images a step")
+    if args.epochs:
+        pretrain(args, train, test, encoder)
+    elif not args.finetune_epochs:
+        say(f"linear probe, %: {linear_probe(args, train, test, encoder)}")
+    if args.finetune_epochs:
+        finetune(args, train, test, encoder)
+    say(f"done: {args.out_dir} has {', '.join(sorted(x.name for x in args.out_dir.iterdir()))}")
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
 
+def main(argv: list[str] | None = None):
+    args = parse_args(argv)
+    SIGNALS.clear()
+    SHOWN["next"] = time.time() + 5
+    old = {x: signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    try:
+        for number, handler in old.items():
+            signal.signal(number, handler if handler is signal.SIG_IGN else on_signal)   # nohup
+        run_all(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 if __name__ == "__main__":
     main()
