@@ -1,8 +1,9 @@
-"""Draws the pictures of the README. Needs matplotlib.
+"""Draws the pictures of the README and of results.md. Needs matplotlib: pip install matplotlib
 
-    python docs/figures.py method out-shapes     # docs/method.png, from the checkpoint of a run
-    python docs/figures.py paired                # docs/paired.png and its table, from docs/logs
-    python docs/figures.py curve                 # docs/curve.png, from docs/logs
+    python docs/figures.py method out-shapes      # docs/method.png, with a run of shapes
+    python docs/figures.py paired                 # docs/paired.png and its table, from docs/logs
+    python docs/figures.py curve                  # docs/curve.png, from docs/logs
+    python docs/figures.py curve out-shapes out-random ...     # curves.png, from their log.csv
     python docs/figures.py attention out-0 out-1 DATA_PATH     # docs/attention.png, of two seeds
     python docs/figures.py objects out-shapes ...     # attention on the objects of shapes
 """
@@ -27,90 +28,122 @@ NAMES = {"own": "AMT", "uniform": "throwing\nat random", "random": "random\nmask
 plt.rcParams.update({"font.size": 10, "figure.facecolor": "white", "savefig.dpi": 130})
 
 
-def load_run(out_dir: str) -> tuple[dict, amt.ViT]:
-    """The settings and the encoder of a run of train_cifar.py."""
-    settings = torch.load(Path(out_dir) / "checkpoint.pth", weights_only=True)["settings"]
-    args = train_cifar.parse_args([
-        "--dataset", settings["dataset"], "--depth", str(settings["depth"]),
-        "--epochs", "0", "--checkpoint", str(Path(out_dir) / "encoder.pth")])
-    return settings, train_cifar.load_encoder(args)
+def load_run(out_dir: str, *flags: str) -> tuple:
+    """The flags, the settings and the encoder of a run of train_cifar.py."""
+    settings = train_cifar.load_file(Path(out_dir) / "checkpoint.pth")["settings"]
+    for name in ("dataset", "num_images", "img_size", "model", "depth", "patch_size"):
+        if settings[name] != "None":
+            flags += "--" + name.replace("_", "-"), settings[name]
+    args = train_cifar.parse_args(
+        [*flags, "--epochs", "0", "--checkpoint", str(Path(out_dir) / "encoder.pth")])
+    return args, settings, train_cifar.load_encoder(args).eval()
 
 
-def test_maps(encoder: amt.ViT, data: train_cifar.Images, n: int) -> torch.Tensor:
-    """The attention maps (n, h, w) of the first n test images."""
-    batches = ((ids, data.normalise(images))
-               for ids, images in data.whole("test", torch.arange(n)))
-    return amt.dataset_maps(encoder, batches, n).float()
+def maps_of(encoder: amt.ViT, images: train_cifar.Images, n: int) -> torch.Tensor:
+    """The attention maps (n, h, w) of the first n images."""
+    batches = ((ids, images.whole(squares))
+               for ids, squares, _ in images.read(torch.arange(n).split(250)))
+    return amt.dataset_maps(encoder, batches, n).float().cpu()
+
+
+def position_share(maps: torch.Tensor) -> float:
+    """The fraction of the maps' variance that the position of a patch explains."""
+    return (maps.mean(dim=0).var() / maps.var()).item()
 
 
 def method(out_dir: str):
-    """The path of one image through AMT: attention, ranking, split, encoder, decoder, loss."""
-    settings, encoder = load_run(out_dir)
-    images = train_cifar.shapes(60, seed=3)[0].float()
-    image = images[52:53]
-    mean = images.mean(dim=(0, 2, 3), keepdim=True)
-    std = images.std(dim=(0, 2, 3), keepdim=True)
-    maps = amt.attention_maps(encoder, (image - mean) / std)
-    p = settings["patch_size"]
-    torch.manual_seed(1)
-    ranking = amt.sample_patches(maps.flatten(1))
-    masked, thrown, visible = amt.mask_and_throw(ranking, 0.45, 0.40)
-    patches = amt.patchify(image, p)[0].view(-1, p, p, 3) / 255
+    """The path of one image through AMT: attention, crop, ranking, split, encoder and decoder."""
+    args, _, encoder = load_run(out_dir)
+    images = train_cifar.load_data(args)[1]
+    (_, squares, _), = images.read([torch.tensor([32])])
+    theta = torch.tensor([[[-0.75, 0, 0.13], [0, 0.75, -0.16]]])             # a crop and a flip
+    size, p = args.img_size, args.patch_size
+    maps = amt.attention_maps(encoder, images.whole(squares))
+    cropped = amt.crop(squares, theta, size, "bicubic").clamp(0, 255)
+    weights = amt.crop_weights(maps, theta, size, p)
+    torch.manual_seed(2)
+    ranking = amt.sample_patches(weights)
+    masked, thrown, visible = (x[0].tolist() for x in amt.mask_and_throw(ranking, 0.45, 0.40))
+    patches = (amt.patchify(cropped, p)[0].view(-1, p, p, 3) / 255).cpu()
 
-    figure, axes = plt.subplots(figsize=(11, 4.6))
-    axes.set(xlim=(0, 11), ylim=(0, 4.6))
+    figure, axes = plt.subplots(figsize=(9, 6.4))
+    figure.subplots_adjust(0, 0, 1, 1)                   # so that coordinates are inches
+    axes.set(xlim=(0, 9), ylim=(0.2, 6.6))
     axes.axis("off")
 
-    def text(x, y, words, **kwargs):
-        axes.text(x, y, words, ha="center", va="center", **kwargs)
+    def text(x, y, words, ha="center", size=10.5, **kwargs):
+        axes.text(x, y, words, ha=ha, va="center", size=size, **kwargs)
 
-    def arrow(x0, y0, x1, y1, words=""):
+    def code(x, y, words, ha="center"):
+        text(x, y, words, ha, size=9.5, family="monospace")
+
+    def arrow(x0, y0, x1, y1):
         axes.annotate("", (x1, y1), (x0, y0), arrowprops=dict(arrowstyle="->", color="black"))
-        text((x0 + x1) / 2, (y0 + y1) / 2 + 0.16, words, family="monospace", size=8)
 
-    def show(picture, x, y, size, **kwargs):
-        axes.imshow(picture, extent=(x, x + size, y, y + size), aspect="auto", zorder=2, **kwargs)
+    def show(picture, x, y, side, **kwargs):
+        axes.imshow(picture.cpu(), extent=(x, x + side, y, y + side), aspect="auto", zorder=2,
+                    **kwargs)
 
-    def tile(i, x, y, size, colour, empty=False):
-        if not empty:
-            show(patches[i], x, y, size)
-        axes.add_patch(Rectangle((x, y), size, size, fill=empty, facecolor="#e8e8e8",
-                                 edgecolor=colour, linewidth=1.5, zorder=3))
+    def tiles(ids, x, y, columns, side, color, empty=False):
+        """Patches in rows from the top left corner (x, y)."""
+        for place, i in enumerate(ids):
+            left, low = x + side * (place % columns), y - side * (place // columns + 1)
+            if not empty:
+                show(patches[i], left, low, 0.86 * side)
+            axes.add_patch(Rectangle((left, low), 0.86 * side, 0.86 * side, fill=empty, zorder=3,
+                                     facecolor="#e8e8e8", edgecolor=color, linewidth=1.5))
 
-    show(image[0].permute(1, 2, 0) / 255, 0.1, 2.7, 1.5)
-    text(0.85, 4.4, "whole image")
-    arrow(1.65, 3.45, 3.35, 3.45, "attention_maps")
-    show(maps[0], 3.4, 2.7, 1.5, cmap="magma")
-    text(4.15, 4.4, "attention of [CLS]")
-    arrow(4.95, 3.45, 6.6, 3.45, "crop_weights")
-    text(5.78, 3.29, "sample_patches", family="monospace", size=8)
-    text(8.7, 4.4, "ranking of the 64 patches, mask_and_throw", size=10)
-    for place, i in enumerate(ranking[0].tolist()):
-        colour = MASKED if place < masked.shape[1] else (
-            THROWN if place < masked.shape[1] + thrown.shape[1] else VISIBLE)
-        tile(i, 6.7 + 0.25 * (place % 16), 3.75 - 0.4 * (place // 16), 0.21, colour)
-    text(7.35, 2.2, f"masked, {masked.shape[1]}", color=MASKED, weight="bold")
-    text(8.8, 2.2, f"thrown, {thrown.shape[1]}", color=THROWN, weight="bold")
-    text(10.2, 2.2, f"visible, {visible.shape[1]}", color=VISIBLE, weight="bold")
+    def box(x, y, side):
+        """The area of the crop, drawn on a picture of the whole image."""
+        (w, _, cx), (_, h, cy) = theta[0].tolist()       # theta's y points down; w < 0 is a flip
+        corner = x + side * (1 + cx - abs(w)) / 2, y + side * (1 - cy - h) / 2
+        for color, width, style in [("black", 3.5, "-"), ("white", 1.5, "--")]:
+            axes.add_patch(Rectangle(corner, side * abs(w), side * h, fill=False, zorder=4,
+                                     edgecolor=color, linewidth=width, linestyle=style))
 
-    for place, i in enumerate(visible[0].tolist()):
-        tile(i, 0.2 + 0.25 * (place % 5), 1.35 - 0.3 * (place // 5), 0.21, VISIBLE)
-    text(0.8, 0.35, "visible")
-    arrow(1.6, 1.2, 2.5, 1.2)
-    for x, words in [(2.55, "encoder"), (5.9, "decoder")]:
-        axes.add_patch(Rectangle((x, 0.75), 1.4, 0.9, facecolor="#f3efe4", edgecolor="black"))
-        text(x + 0.7, 1.2, words, weight="bold")
-    arrow(4.0, 1.2, 5.85, 1.2, "")
-    for place in range(6):
-        tile(0, 4.2 + 0.25 * place, 0.55, 0.21, MASKED, empty=True)
-    text(5.8, 0.6, "...")
-    text(4.95, 0.3, f"{masked.shape[1]} mask tokens with the\npositions of the masked", size=8)
-    arrow(7.35, 1.2, 8.3, 1.2)
-    for place, i in enumerate(masked[0, :15].tolist()):
-        tile(i, 8.4 + 0.25 * (place % 5), 1.35 - 0.3 * (place // 5), 0.21, MASKED)
-    text(9.75, 0.8, "...")
-    text(9.0, 0.35, f"predict the {masked.shape[1]} masked: loss", size=9)
-    text(10.3, 1.2, "thrown:\nneither seen\nnor predicted", size=9, color=THROWN)
+    side, left, right, top, low = 1.45, 0.1, 2.8, 4.75, 2.5
+    middle = (left + side + right) / 2
+    show(squares[0].permute(1, 2, 0) / 255, left, top, side)
+    show(maps[0], right, top, side, cmap="magma")
+    box(left, top, side)
+    box(right, top, side)
+    text(left + side / 2, 6.42, "whole image")
+    text(right + side / 2, 6.42, "attention of [CLS]")
+    arrow(left + side + 0.05, top + 0.75, right - 0.05, top + 0.75)
+    code(middle, top + 0.91, "attention_maps")
+    for x, words in [(left, "crop"), (right, "crop_weights")]:
+        arrow(x + side / 2, top - 0.06, x + side / 2, low + side + 0.06)
+        code(x + side / 2 + 0.1, top - 0.4, words, ha="left")
+    text(middle, top - 0.4, "the same box,\nthen a flip", size=9.5)
+    show(cropped[0].permute(1, 2, 0) / 255, left, low, side)
+    show(weights.view(size // p, size // p), right, low, side, cmap="magma")
+    text(left + side / 2, low - 0.17, "cropped, flipped")
+    text(right + side / 2, low - 0.17, "its weights")
+    arrow(right + side + 0.05, low + 0.75, 5.45, low + 0.75)
+    code(4.85, low + 0.91, "sample_patches")
+    code(4.85, low + 0.59, "mask_and_throw")
+
+    text(7.22, 6.42, "the 64 patches in the order drawn")
+    for y, name, ids, color in [
+            (6.1, f"masked, {len(masked)}: predicted", masked, MASKED),
+            (4.7, f"thrown, {len(thrown)}: neither seen nor predicted", thrown, THROWN),
+            (3.3, f"visible, {len(visible)}: seen by the encoder", visible, VISIBLE)]:
+        text(5.55, y, name, ha="left", color=color, weight="bold")
+        tiles(ids, 5.55, y - 0.15, 10, 0.34, color)
+
+    tiles(visible, 0.15, 1.55, 5, 0.28, VISIBLE)
+    text(0.83, 0.75, "visible")
+    arrow(1.6, 1.27, 2.1, 1.27)
+    for x, words in [(2.15, "encoder"), (5.2, "decoder")]:
+        axes.add_patch(Rectangle((x, 0.85), 1.2, 0.84, facecolor="#f3efe4", edgecolor="black"))
+        text(x + 0.6, 1.27, words, weight="bold")
+    arrow(3.4, 1.27, 5.15, 1.27)
+    tiles(range(5), 3.5, 1.05, 5, 0.26, MASKED, empty=True)
+    text(4.95, 0.88, "...")
+    text(4.25, 0.45, f"{len(masked)} mask tokens with the\npositions of the masked", size=9.5)
+    arrow(6.45, 1.27, 6.9, 1.27)
+    tiles(masked, 6.98, 1.97, 7, 0.28, MASKED)
+    text(7.95, 0.37, f"predict these {len(masked)}: loss")
     figure.savefig(DOCS / "method.png", bbox_inches="tight")
 
 
@@ -146,7 +179,7 @@ def paired():
             axes.plot(x, difference, "o", color=MASKED, alpha=0.8)
             axes.annotate(seed, (x, difference), (0, 5), textcoords="offset points",
                           ha="center", size=7)
-    axes.axhline(0, color="grey", linewidth=1)
+    axes.axhline(0, color="gray", linewidth=1)
     axes.set(xlim=(-0.4, len(pairs) - 0.3), ylim=(-2.7, 2), ylabel="points of linear probe")
     axes.set_xticks(range(len(pairs)), [f"{NAMES[a]}\nminus\n{NAMES[b]}" for a, b in pairs], size=8)
     figure.savefig(DOCS / "paired.png", bbox_inches="tight")
@@ -160,39 +193,54 @@ def p_value(t: float, df: int) -> float:
     return 1 - 2 * torch.trapezoid(density, x).item()
 
 
-def curve():
-    """The linear probe and the share of position over 60 epochs: a line for each run."""
-    rows = read_log("cifar10-60-epochs.csv")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    panels = [("probe_accuracy", 1, "linear probe, %"),
-              ("position_share", 100, "share of variance that\nposition explains, %")]
-    runs = [("own", MASKED), ("uniform", VISIBLE), ("random", THROWN), ("debiased", "#2b6cb0")]
-    for ax, (column, scale, name) in zip(axes, panels):
-        for run, colour in runs:
+def curve(*out_dirs: str):
+    """The linear probe and the share of position over 60 epochs, a line for each run; or, of the
+    runs in out_dirs, the loss, both probes and the share. Losses of two strategies don't compare.
+    """
+    columns = {"probe_accuracy": "linear probe, %"}
+    lines = []                                           # label, color, style, rows
+    if out_dirs:
+        columns = {"loss": "loss", "probe_cls": "probe of [CLS], %",
+                   "probe_mean": "probe of the patches' mean, %"}
+        for out_dir in out_dirs:
+            with open(Path(out_dir) / "log.csv", newline="") as file:
+                lines.append((out_dir, None, "-", list(csv.DictReader(file))))
+    else:
+        rows = read_log("cifar10-60-epochs.csv")
+        for run, color in [("own", MASKED), ("uniform", VISIBLE), ("random", THROWN),
+                           ("debiased", "#2b6cb0")]:
             for seed, style in [("0", "-"), ("1", "--")]:
-                points = [(int(row["epoch"]), scale * float(row[column])) for row in rows
-                          if (row["run"], row["seed"]) == (run, seed) and row[column]]
-                if points:
-                    ax.plot(*zip(*points), style, marker="o", markersize=4, color=colour,
-                            label=NAMES[run].replace("\n", " ") if seed == "0" else None)
-        ax.set(xlabel="epoch (solid: seed 0, dashed: seed 1)", ylabel=name)
-    axes[0].legend(fontsize=8)
+                label = NAMES[run].replace("\n", " ") if seed == "0" else None
+                lines.append((label, color, style, [
+                    row for row in rows if (row["run"], row["seed"]) == (run, seed)]))
+    columns["position_share"] = "share of variance that\nposition explains, %"
+    height = len(columns) // 2
+    figure, axes = plt.subplots(height, 2, figsize=(10, 4 * height))
+    for ax, (column, name) in zip(axes.flat, columns.items()):
+        scale = 100 if column == "position_share" else 1
+        for i, (label, color, style, rows) in enumerate(lines):
+            points = [(int(row["epoch"]), scale * float(row[column]))
+                      for row in rows if row[column]]
+            if points:
+                ax.plot(*zip(*points), style, marker="o", markersize=4, color=color or f"C{i}",
+                        label=label)
+        ax.set(xlabel="epoch" if out_dirs else "epoch (solid: seed 0, dashed: seed 1)", ylabel=name)
+    axes.flat[0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(DOCS / "curve.png", bbox_inches="tight")
+    figure.savefig("curves.png" if out_dirs else DOCS / "curve.png", bbox_inches="tight")
 
 
 def attention(out_dir_a: str, out_dir_b: str, data_path: str = "data"):
-    """What [CLS] attends to in eight test images of CIFAR-10, in runs that differ in the seed."""
-    data = train_cifar.load_data(train_cifar.parse_args(["--data-path", data_path]))
+    """What [CLS] attends to in eight test images, in two runs that differ in the seed."""
     figure, axes = plt.subplots(3, 8, figsize=(9, 3.9))
-    for column in range(8):
-        axes[0, column].imshow(data.test[column].permute(1, 2, 0))
     for row, out_dir in zip(axes[1:], [out_dir_a, out_dir_b]):
-        settings, encoder = load_run(out_dir)
-        maps = test_maps(encoder, data, 2000)
-        share = 100 * train_cifar.position_share(maps)
+        args, settings, encoder = load_run(out_dir, "--data-path", data_path)
+        images = train_cifar.load_data(args)[1]
+        maps = maps_of(encoder, images, 2000)
         for column in range(8):
+            axes[0, column].imshow(images.squares[column].permute(1, 2, 0).cpu())
             row[column].imshow(maps[column], cmap="magma", vmin=0, vmax=1)
+        share = 100 * position_share(maps)
         row[0].set_ylabel(f"seed {settings['seed']}\nposition\n{share:.0f} %")
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
@@ -201,26 +249,26 @@ def attention(out_dir_a: str, out_dir_b: str, data_path: str = "data"):
 
 
 def objects(*out_dirs: str):
-    """Prints how much attention [CLS] pays to the objects in the test images of shapes."""
-    args = train_cifar.parse_args(["--dataset", "shapes"])
-    data = train_cifar.load_data(args)
-    colours = (data.test.long() * torch.tensor([65536, 256, 1])[:, None, None]).sum(dim=1)
-    inside = []
-    for image in colours:                                # the two most common are the object's
-        values, counts = image.unique(return_counts=True)
-        inside.append(torch.isin(image, values[counts.topk(2).indices]))
-    area = amt.patchify(torch.stack(inside)[:, None].float(), args.patch_size).mean(dim=2)
-    print(f"objects: {100 * area.mean():.1f} % of the area")
+    """Prints how much attention [CLS] pays to the objects in 1,000 test images of shapes."""
     for out_dir in out_dirs:
-        maps = test_maps(load_run(out_dir)[1], data, len(data.test))
+        args, _, encoder = load_run(out_dir)
+        images = train_cifar.load_data(args)[1]
+        maps = maps_of(encoder, images, 1000)
+        colors = (images.squares[:1000].cpu().long()
+                  * torch.tensor([65536, 256, 1])[:, None, None]).sum(dim=1)
+        inside = []
+        for image in colors:                             # the two most common are the object's
+            values, counts = image.unique(return_counts=True)
+            inside.append(torch.isin(image, values[counts.topk(2).indices]))
+        area = amt.patchify(torch.stack(inside)[:, None].float(), args.patch_size).mean(dim=2)
         weights = maps.flatten(1)
         on_objects = (weights * area).sum(dim=1) / weights.sum(dim=1)
-        position = train_cifar.position_share(maps)
         torch.manual_seed(0)
         visible = amt.mask_and_throw(amt.sample_patches(weights), 0.45, 0.40)[2]
-        print(f"{out_dir}: objects have {100 * on_objects.mean():.1f} % of the attention and "
+        print(f"{out_dir}: objects cover {100 * area.mean():.1f} % of the area, and have "
+              f"{100 * on_objects.mean():.1f} % of the attention and "
               f"{100 * area.gather(1, visible).mean():.1f} % of the visible patches; position "
-              f"explains {100 * position:.0f} % of the variance")
+              f"explains {100 * position_share(maps):.0f} % of the variance")
 
 
 if __name__ == "__main__":
