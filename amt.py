@@ -28,8 +28,9 @@ forgives a rough map. Even the top patch may stay visible or be thrown (draw two
 
 Why throw? Every patch left out saves compute: of N = 196 patches AMT masks 88, throws 78
 and leaves 30 visible, so the encoder sees 15 % of an image where MAE's sees 25 %. Why the
-middle? Visible, the runners-up would give too much of the object away, while the bottom
-is harmless context: throwing that instead costs 0.7 points (Table 4).
+middle? The paper calls it superfluous; as we read it, runners-up that stay visible would
+give much of the object away, while the bottom is harmless context. To throw that instead
+costs the paper 0.7 points (Table 4).
 
 Why [CLS]? It has no patch of its own, so what it knows of an image it gathers by
 attention, and in self-supervised ViTs often from the object (DINO; Caron et al., 2021).
@@ -60,7 +61,8 @@ The whole method, given `images` (n, 3, 224, 224), standardized:
 
 Start at sections 2 to 5, the method in the order of this loop; 6 is a plain ViT. Every
 strategy (8) is just a way of ranking patches, and the models (7) never learn which one
-was used: they only get the indices of the visible and the masked patches.
+was used: they only get the indices of the visible and the masked patches. Section 9 loads
+published weights and probes an encoder.
 
 Shapes: B images of H x W pixels and C channels, n images in the dataset, p patch size,
 h x w patch grid, N = h * w patches (N / u^2 units, if u x u patches are masked as one), K

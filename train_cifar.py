@@ -3,7 +3,6 @@
     python train_cifar.py --dataset shapes --out-dir out-shapes     # offline, minutes on a CPU
     python train_cifar.py                                           # CIFAR-10, on one GPU
     python train_cifar.py --resume                                  # continue a stopped run
-    python train_cifar.py --masking random --out-dir out-random     # MAE, the baseline
     python train_cifar.py --checkpoint out/encoder.pth --epochs 0 \\
         --finetune-epochs 100 --out-dir out-finetuned               # fine-tune an encoder
     torchrun --nproc_per_node=4 train_cifar.py --dataset imagenet --data-path DIR    # 4 GPUs
@@ -11,7 +10,7 @@
         train_cifar.py --dataset imagenet --data-path DIR           # on each of two nodes
 
 Every dataset is a set of whole, square images. A step takes some of them, draws a random crop theta
-for each, and cuts the images and their attention maps with it.
+for each, and applies it to the image and to its attention map.
 
 A run writes to --out-dir: encoder.pth (the encoder alone, with timm's names), checkpoint.pth (for
 --resume; its "data" has the mean and std of the images and the names of the classes), attention.png
@@ -67,11 +66,11 @@ STRATEGIES = {"attention": amt.sample_patches, "random": amt.random_ranking,
               "block": amt.block_wise, "grid": amt.grid_wise}
 USE_MAPS = ["attention", "attmask", "mst"]               # strategies that rank by attention
 MODELS = ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
-POSITIVE = ["img_size", "patch_size", "update_interval", "batch_size", "accum_steps", "save_every"]
+POSITIVE = ["square_size", "depth", "update_interval", "batch_size", "accum_steps", "save_every"]
 DOWNLOADS = {  # the class in torchvision, and its arguments for training and for test images
     "cifar10": (CIFAR10, dict(train=True), dict(train=False)),
     "cifar100": (CIFAR100, dict(train=True), dict(train=False)),
-    "stl10": (STL10, dict(split="train+unlabeled"), dict(split="test")),     # unlabeled: the last
+    "stl10": (STL10, dict(split="train+unlabeled"), dict(split="test")),     # unlabeled come last
 }
 DATASETS = {  # flags of a dataset that differ from cifar10's
     "cifar10": {}, "cifar100": {},
@@ -97,11 +96,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             kwargs.setdefault("type", type(default))
             text += " (default: %(default)s)"
         group.add_argument(flag, default=default, help=text, **kwargs)
-
     group = parser.add_argument_group("data")
     add("--dataset", "cifar10", "cifar10, cifar100 and stl10 are downloaded; shapes is generated; "
         "the others are files in --data-path, train/<class>/ and, to probe or fine-tune, "
-        "val/<class>/, which imagenet decodes in each epoch", choices=DATASETS)
+        "val/<class>/; imagenet decodes them in each epoch, the others once", choices=DATASETS)
     dataset = parser.parse_known_args(argv)[0].dataset   # decides the defaults of other flags
     add("--data-path", "data", "directory of the images", metavar="DIR")
     add("--num-images", 2500, "training images of shapes")
@@ -146,7 +144,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--precision", "bf16" if bf16 else "fp32", "fp32 is TF32 on GPUs", choices=["bf16", "fp32"])
     add("--compile", False, "use torch.compile")
     group.add_argument("-h", "--help", action="help", help="show this, with the dataset's defaults")
-
     parser.set_defaults(**DATASETS[dataset])
     args, unknown = parser.parse_known_args(argv)
     for flag in unknown:
@@ -183,7 +180,7 @@ def pretrain(args, train: "Images", test: "Images", encoder: amt.ViT):
     unit_size = method["unit"] * args.patch_size         # side of a masking unit in pixels
     N = amt.patchify(torch.zeros(1, 1, size, size), unit_size).shape[1]      # units of a crop
     uniform = torch.ones(args.batch_size, N, device=DEVICE)
-    amt.mask_and_throw(uniform, args.mask_ratio, args.throw_ratio)           # raises, if it will
+    amt.mask_and_throw(uniform, args.mask_ratio, args.throw_ratio)           # raises if it must
     updates = range(args.update_interval, args.epochs, args.update_interval)
     if use_maps and not updates:
         say("one epoch is too short for attention maps: all of it masks at random")
@@ -258,8 +255,7 @@ def build_optimizer(model: nn.Module, beta2: float = 0.95, lr_scale=lambda name:
         if p.requires_grad:
             decay = 0.05 if name.endswith("weight") and p.ndim > 1 else 0.0
             groups.setdefault((decay, lr_scale(name)), []).append(p)
-    groups = [dict(params=params, weight_decay=decay, lr_scale=scale)
-              for (decay, scale), params in groups.items()]
+    groups = [dict(params=p, weight_decay=d, lr_scale=scale) for (d, scale), p in groups.items()]
     return torch.optim.AdamW(groups, betas=(0.9, beta2), fused=True)
 
 def autocast(args):
@@ -292,6 +288,8 @@ class Run:
             optimizer.load_state_dict(saved["optimizer"])
             vars(self).update({kept: saved[kept] for kept in self.KEPT})
             say(f"{name} resumes after step {self.step} from {self.path}: {self.log[-1:]}")
+        elif args.resume:
+            say(f"{self.path} does not exist yet: {name} starts from the beginning")
         self.began, self.first = time.time(), self.step  # to estimate the time that is left
         self.parallel = torch.compile(model, dynamic=False) if args.compile else model
         if WORLD_SIZE > 1:
@@ -299,7 +297,7 @@ class Run:
 
     def steps(self, epoch: int):
         """For each step that is left of this epoch, yields the accum_steps mini-batches of this
-        process: see `Images.read`. If a signal came, it saves and ends the run after the step."""
+        process: see `Images.read`. After a signal it finishes the step, saves and ends the run."""
         args, accum, first = self.args, self.args.accum_steps, epoch * self.per_epoch
         torch.manual_seed(seed_of(args.seed, self.name, epoch))
         order = torch.randperm(self.n)[: self.per_epoch * args.global_batch]
@@ -317,7 +315,6 @@ class Run:
                 if WORLD_SIZE > 1:                       # only the last backward pass averages
                     self.parallel.require_backward_grad_sync = i + 1 == accum
                 yield next(batches)
-
         while self.step < first + self.per_epoch:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(self.step) * group.get("lr_scale", 1.0)
@@ -331,6 +328,9 @@ class Run:
                 say(f"stopped by {signal.Signals(number).name} after step {self.step} of "
                     f"{self.name}: the same command with --resume continues")
                 sys.exit(128 + number)
+        if not all_reduce(self.loss.clone()).isfinite():         # waits for the GPU
+            self.save()                                  # raises
+        self.seconds = time.time() - began
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine to 0."""
@@ -345,8 +345,9 @@ class Run:
                 / (self.step - self.first) * (self.total * self.per_epoch - self.step)]
         left = [timedelta(seconds=round(x)) for x in left]
         speed = done * self.args.global_batch / self.seconds
-        return (f"{self.name} {epoch + 1}/{self.total}, step {done}/{self.per_epoch}, loss "
-                f"{self.loss.item() / done:.3f}, {speed:.0f} images/s, left {left[0]} (run {left[1]})")
+        return (f"{self.name} {epoch + 1}/{self.total}, step {done}/{self.per_epoch}, "
+                f"loss {self.loss.item() / done:.3f}, {speed:.0f} images/s, "
+                f"left {left[0]} (run {left[1]})")
 
     def end_epoch(self, columns: dict[str, str]):
         """Adds a row to the log, prints it, and saves if it is time."""
@@ -368,20 +369,19 @@ class Run:
             raise ValueError(f"the loss or a weight is not finite after step {self.step} of "
                              f"{self.name}; nothing was saved. Start anew with a lower --blr")
         if self.name == "pretraining":
-            write(self.args.out_dir / "encoder.pth", self.model.encoder.state_dict())
+            state = self.model.encoder.state_dict()
+            write(self.args.out_dir / "encoder.pth", {name: p.cpu() for name, p in state.items()})
         write(self.path, {name: getattr(self, name) for name in self.KEPT} | {
             "loss": loss, "model": self.model.state_dict(), "data": self.train.about,
             "optimizer": self.optimizer.state_dict(), "settings": settings(self.args, self.name)})
+        all_reduce(torch.zeros(1))                       # nobody goes on before it is written
 
 def settings(args, stage: str) -> dict[str, str]:
     """The flags that a resumed run must share with its checkpoint."""
     free = ["data_path", "workers", "resume", "out_dir", "save_every", "accum_steps", "compile",
-            "probe_every"]
-    flags = {k: str(v) for k, v in vars(args).items() if k not in free
-             and (stage == "finetune" or not k.startswith("finetune"))}
-    if args.checkpoint not in (None, "none"):
-        flags["checkpoint"] = f"checksum {zlib.crc32(Path(args.checkpoint).read_bytes()):08x}"
-    return flags
+            "probe_every", "checkpoint"]                 # but not its checksum
+    return {k: str(v) for k, v in vars(args).items() if k not in free
+            and (stage == "finetune" or not k.startswith("finetune"))}
 
 def refuse_other(what: Path | str, theirs: dict, mine: dict):
     differ = [f"{name} {theirs.get(name)} (here {value})" for name, value in mine.items()
@@ -436,7 +436,6 @@ def linear_probe(args, train: "Images", test: "Images", encoder: amt.ViT) -> dic
     def readouts(images: Tensor) -> Tensor:
         tokens = encoder(images)                                             # (B, 1+N, D)
         return torch.stack([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)         # (B, 2, D)
-
     if len(train.classes) < 2 or not len(test):
         say("no linear probe, because there is one class or no test image")
         return {}
@@ -444,10 +443,12 @@ def linear_probe(args, train: "Images", test: "Images", encoder: amt.ViT) -> dic
     x, x_test = (outputs(args, images, readouts, (2, encoder.embed_dim), "features of the probe")
                  for images in (train, test))                                # (n, 2, D)
     found = {}
+    torch.set_float32_matmul_precision("highest")        # TF32 would stop the fit early
     for i, name in enumerate(["probe_cls", "probe_mean"]):
         torch.manual_seed(seed_of(args.seed, "probe"))
         logits = amt.linear_probe(x[:, i], train.labels, x_test[:, i])
         found[name] = accuracy(logits, test)
+    torch.set_float32_matmul_precision("high")
     return found
 
 def finetune(args, train: "Images", test: "Images", encoder: amt.ViT):
@@ -472,7 +473,6 @@ def finetune(args, train: "Images", test: "Images", encoder: amt.ViT):
             return decay ** (depth - int(name.split(".")[2]))
         below = name.startswith(("encoder.cls_token", "encoder.patch_embed"))
         return decay ** (depth + 1) if below else 1.0
-
     run = Run(args, "finetune", model, build_optimizer(model, 0.999, lr_scale), args.finetune_blr,
               args.finetune_epochs, args.finetune_epochs // 20, train, len(train.labels))
     mixes = v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)
@@ -496,7 +496,7 @@ def finetune(args, train: "Images", test: "Images", encoder: amt.ViT):
         logits = outputs(args, test, model.eval(), (classes,))
         run.end_epoch({"test_accuracy": accuracy(logits, test)})
     write(args.out_dir / "finetuned.pth",
-          {name.removeprefix("encoder."): p for name, p in model.state_dict().items()})
+          {name.removeprefix("encoder."): p.cpu() for name, p in model.state_dict().items()})
 
 def load_encoder(args) -> amt.ViT:
     """A new encoder, or that of --checkpoint."""
@@ -516,7 +516,7 @@ class Images:
                  ratio: Tensor | None = None, files: list[str] = ()):
         self.args, self.classes, self.files, self.squares = args, classes, files, squares
         self.labels = torch.tensor(labels, dtype=torch.int64, device=DEVICE)
-        if squares is not None and squares.nbytes < 2 ** 33:     # more stay in the host's memory
+        if squares is not None and squares.nbytes < 2 ** 33:     # more stay in host memory
             self.squares = squares.to(DEVICE)
         self.ratio = torch.ones(len(self)) if ratio is None else ratio       # width / height
 
@@ -527,6 +527,7 @@ class Images:
         """Yields indices (B,), squares (B, 3, S, S), 0 to 255, on the device, and ratios (B,) for
         each mini-batch of indices. Threads decode files two mini-batches ahead, as Pillow and
         torch release Python's lock. `text` is shown with the progress."""
+        batches = [ids for ids in batches if len(ids)]   # a share may be empty
         pool, ahead, done = ThreadPoolExecutor(self.args.workers), [], 0
         try:
             for i, ids in enumerate(batches):
@@ -537,7 +538,7 @@ class Images:
                         ahead.append(pool.map(self.decode, [self.files[k] for k in other]))
                     squares, ratio = zip(*ahead.pop(0))
                     squares, ratio = torch.stack(squares).permute(0, 3, 1, 2), torch.tensor(ratio)
-                yield ids, squares.to(DEVICE, non_blocking=True).float(), ratio
+                yield ids, squares.to(DEVICE).float(), ratio
                 done += len(ids)
                 if text:
                     show_progress(lambda: f"{text}: {done} of {sum(map(len, batches))} images")
@@ -556,7 +557,7 @@ class Images:
                 pixels = v2.functional.pil_to_tensor(image.convert("RGB"))
         except Exception as error:                       # Pillow raises many types
             raise ValueError(f"cannot decode {path}: {error}") from None
-        # Pillow's order of the bytes stays, because another one would cost half as much time again.
+        # Pillow's order (row, column, channel) stays: to convert it would take 50 % longer.
         square = v2.functional.resize(pixels, size, v2.InterpolationMode.BICUBIC)
         return square.permute(1, 2, 0), ratio
 
@@ -587,7 +588,7 @@ def load_data(args) -> tuple[Images, Images]:
         train = image_files(args, "train", [])
         test = image_files(args, "val", train.classes)
     mean, std = 255 * torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
-    if not args.square_size:
+    if "square_size" not in DATASETS[args.dataset]:
         some = train.squares[::1 + train.squares.numel() // 2 ** 28]         # floats: at most 1 GiB
         std, mean = torch.std_mean(some.float(), dim=(0, 2, 3))
     std, crc = std.clamp_min(1), 0                       # a channel may be constant
@@ -646,11 +647,9 @@ def shapes(args, n: int, seed: int) -> Images:
     texture c mod 5 or, from class 5, the next. So neither outline nor texture tells the class."""
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(n, *shape, generator=g)
-
     def polygon(sides: int) -> Tensor:
         sector = (turn + math.pi / sides) % (2 * math.pi / sides) - math.pi / sides
         return radius * sector.cos() < math.cos(math.pi / sides)
-
     g, label = torch.Generator().manual_seed(seed), torch.arange(n) % 10
     outline, texture = label % 5, (label + label // 5) % 5
     y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
@@ -676,7 +675,6 @@ def save_pictures(args, run: Run, images: Images, rank, ratios, epoch: int):
     masking.png: the same images, masked and predicted. MaskFeat predicts no pixels."""
     def paint(patches: Tensor, ids: Tensor, colors: Tensor) -> Tensor:
         return patches.scatter(1, ids[:, :, None].expand(-1, -1, patches.shape[2]), colors)
-
     p, unit, model = args.patch_size, METHODS[args.method]["unit"], run.model.eval()
     ids = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:8]
     (_, squares, _), = images.read([ids])
@@ -686,9 +684,7 @@ def save_pictures(args, run: Run, images: Images, rank, ratios, epoch: int):
     ranking = rank(amt.patchify(reweight(maps, args.weights)[:, None], unit).sum(dim=2))
     masked, thrown, visible = amt.mask_and_throw(ranking, *ratios, unit)
     _, pred = model(x, visible=visible, masked=masked)
-    borrowed = ""
     if args.method == "mae":                             # it predicts standardized patches
-        borrowed = "\nwith mean and contrast\nof the true patch"
         true = amt.select(amt.patchify(x, p), masked)
         pred = pred * true.std(dim=2, keepdim=True) + true.mean(dim=2, keepdim=True)
     gray, red = (images.normalize(torch.tensor(rgb, device=DEVICE)[:, None, None]).flatten().repeat(
@@ -696,7 +692,7 @@ def save_pictures(args, run: Run, images: Images, rank, ratios, epoch: int):
     rest = paint(amt.patchify(x, p), thrown, gray)
     rows = {"images": amt.patchify(x, p), "red: masked\ngray: thrown": paint(rest, masked, red)}
     if args.method != "maskfeat":
-        rows["predicted" + borrowed] = paint(rest, masked, pred)
+        rows["predicted (MAE: with\nthe true mean and\ncontrast)"] = paint(rest, masked, pred)
     rows = {label: (amt.unpatchify(row, p) * images.std + images.mean) / 255
             for label, row in rows.items()}
     seen = {f"where [CLS] looks,\nepoch {k} (white:\nmost)": torch.stack(
@@ -747,18 +743,23 @@ def run_all(args):
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo",
                                 timeout=timedelta(minutes=30))
     torch.set_float32_matmul_precision("high")
-    # On CPUs the backward pass of torch's fused attention in bfloat16 takes as long as the rest.
+    # On CPUs the backward pass of fused attention in bfloat16 takes as long as all the rest.
     torch.backends.cuda.enable_flash_sdp(DEVICE.type == "cuda" or args.precision == "fp32")
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     args.out_dir.mkdir(parents=True, exist_ok=True)
+    if args.checkpoint not in (None, "none"):
+        args.checkpoint_crc = f"{zlib.crc32(Path(args.checkpoint).read_bytes()):08x}"
     mine = {f"--{name}": str(value) for name, value in vars(args).items()
             if name not in ("data_path", "workers")}
-    for path in args.out_dir.glob("*checkpoint.pth"):
-        if not args.resume:
+    for stage, path in [("pretraining", args.out_dir / "checkpoint.pth"),
+                        ("finetune", args.out_dir / "finetune-checkpoint.pth")]:
+        if path.exists() and not args.resume:
             raise ValueError(f"{path} exists: continue it with --resume, or give another --out-dir")
-        saved, stage = load_file(path), path.name.removesuffix("checkpoint.pth").strip("-")
-        refuse_other(path, saved["settings"], settings(args, stage))
-        mine[f"steps in {path}"] = saved["step"]
+        if path.exists():
+            saved = load_file(path)
+            refuse_other(path, saved["settings"], settings(args, stage))
+            mine[f"steps in {path}"] = saved["step"]
+            del saved                                    # its weights are on the device
     encoder = load_encoder(args)
     train, test = load_data(args)
     everyone = [mine | train.about] * WORLD_SIZE
