@@ -587,9 +587,8 @@ def load_weights(vit: ViT, saved: dict):
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     D, p = state["patch_embed.proj.weight"].shape[:3:2]
     if (depth, D, p) != (len(vit.blocks), vit.embed_dim, vit.patch_size):
-        raise ValueError(f"the weights are of a ViT with depth {depth}, embed_dim {D} and patch "
-                         f"size {p}, got one with {len(vit.blocks)}, {vit.embed_dim} and "
-                         f"{vit.patch_size}")
+        raise ValueError(f"these weights need depth {depth}, embed_dim {D} and patch_size {p}, "
+                         f"got {len(vit.blocks)}, {vit.embed_dim} and {vit.patch_size}")
     cls, pos = state["pos_embed"].tensor_split([1], dim=1)
     h = square_side(pos.shape[1])
     if h != vit.grid_size:

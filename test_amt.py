@@ -1096,7 +1096,7 @@ def test_encoders_of_each_kind_load(kind, tmp_path, capsys):
         old = F.avg_pool2d(old[0, 1:].T.view(1, -1, 16, 16), 2).flatten(2).mT
         torch.testing.assert_close(new[:, 1:, :2], old[:, :, :2], rtol=0, atol=0.1)
     assert_same(loaded, state)
-    assert "depth 1, embed_dim 192 and patch size 4, got one with 2, 192 and 8" in error(
+    assert "need depth 1, embed_dim 192 and patch_size 4, got 2, 192 and 8" in error(
         capsys, tmp_path / "out", *flags[:4], "--depth", 2)
 
 # ==== Data ========================================================================================
