@@ -23,7 +23,7 @@ Two draws for nine patches, counted row by row, with a third each masked, thrown
 
 Why mask the most attended patches? They tend to lie on the object, which makes them worth
 predicting. Why draw, and not take the top k? That would hide the same patches until the
-maps change and never show any of the object, while a draw leaves parts of it visible and
+maps change and hardly ever show the object, while a draw leaves parts of it visible and
 forgives a rough map. Even the top patch may stay visible or be thrown (draw two).
 
 Why throw? Every patch left out saves compute: of N = 196 patches AMT masks 88, throws 78
@@ -32,13 +32,13 @@ middle? The paper calls it superfluous; as we read it, runners-up that stay visi
 give much of the object away, while the bottom is harmless context. To throw that instead
 costs the paper 0.7 points (Table 4).
 
-Why [CLS]? It has no patch of its own, so what it knows of an image it gathers by
-attention, and in self-supervised ViTs often from the object (DINO; Caron et al., 2021).
-But MAE has no loss on [CLS], so its maps are rough: meaningless early on, when masking is
-therefore uniform and nothing is thrown, and later often drawn to corners or other fixed
-places, or blind to parts of the object. So look at your maps.
+Why [CLS]? It has no patch of its own and learns about the image only by attending to the
+patches, in self-supervised ViTs often to the object's (DINO; Caron et al., 2021).
+But MAE has no loss on [CLS], so its maps are rough. Early on they mean nothing, which is
+why masking is uniform then and nothing is thrown. Later they may favor corners or miss
+parts of the object, so look at yours.
 
-The whole method, given `images` (n, 3, 224, 224), standardized:
+The whole method (not a recipe for training), given `images` (n, 3, 224, 224), standardized:
 
     vit = amt.vit_base()
     mae = amt.MAE(vit)
@@ -59,7 +59,7 @@ The whole method, given `images` (n, 3, 224, 224), standardized:
             loss.backward()
             optimizer.step()
 
-Start at sections 2 to 5, the method in the order of this loop; 6 is a plain ViT. Every
+Read sections 2 to 5 first, which follow this loop; 6 is a plain ViT. Every
 strategy (8) is just a way of ranking patches, and the models (7) never learn which one
 was used: they only get the indices of the visible and the masked patches. Section 9 loads
 published weights and probes an encoder.
@@ -113,10 +113,11 @@ def select(x: Tensor, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def attention_maps(vit: nn.Module | Callable, images: Tensor) -> Tensor:
-    """Attention maps a_w (B, h, w) of whole images (B, C, H, W), scaled to [0, 1]
-    (Eq. 4). Squash photos to the encoder's input, uncropped, as the map must cover all
-    that crops can show, and standardize them. `vit` is a module with a method
-    `cls_attention(images) -> (B, heads, N)`, run in eval mode, or a function, run as is."""
+    """Attention maps a_w (B, h, w) of whole images (B, C, H, W), scaled to [0, 1] (Eq.
+    4). Resize whole photos to the encoder's input, ignoring their aspect ratio, since the
+    map must cover all that a crop can show, and standardize them. `vit` is a module with
+    a method `cls_attention(images) -> (B, heads, N)`, run in eval mode, or a function,
+    run as is."""
     attend = getattr(vit, "cls_attention", vit)
     training = [m for m in vit.modules() if m.training] if isinstance(vit, nn.Module) else []
     for m in training:  # not vit.train() afterwards: a frozen part may be in eval mode on purpose
@@ -168,8 +169,8 @@ def random_crops(B: int, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3),
     -1 to 1. This is torchvision's RandomResizedCrop and RandomHorizontalFlip for a batch:
     area uniform in `scale` (1 is the image), width / height log-uniform in `ratio`,
     position uniform, flipped half the time. But a side longer than the image's is cut to
-    fit, where torchvision draws again. For photos that are not square, or were not until
-    squashed, give width / height as `image_ratio`, a number or (B,)."""
+    fit, where torchvision draws again. For photos that are not square, give their width /
+    height as `image_ratio`, a number or (B,), even if they were made square since."""
     device = generator.device if generator else None
     s, r, x, y, flip = torch.rand(5, B, generator=generator, device=device)
     area = scale[0] + (scale[1] - scale[0]) * s
@@ -185,7 +186,7 @@ def random_crops(B: int, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3),
 
 def theta_of(top, left, height, width, flipped: bool, H: int, W: int) -> Tensor:
     """The theta (2, 3) of a crop made elsewhere: a box of an H x W image, as from
-    torchvision's RandomResizedCrop.get_params, and whether it was flipped then."""
+    torchvision's RandomResizedCrop.get_params, and whether it was flipped afterwards."""
     x, y = width / W, height / H
     return torch.tensor([[-x if flipped else x, 0, 2 * left / W + x - 1],
                          [0, y, 2 * top / H + y - 1]])
@@ -206,12 +207,12 @@ def crop(x: Tensor, theta: Tensor, size: int | tuple[int, int], mode: str) -> Te
 def crop_weights(maps: Tensor, theta: Tensor, img_size, patch_size: int) -> Tensor:
     """How much attention P_A (B, N) each patch of a crop gets. The maps (B, h, w) of the
     whole images are interpolated to pixels, cropped with the theta that cropped the
-    images, and summed over each patch, so a patch weighs as much as the piece of image it
-    shows. For units of u x u patches, give u * p as patch_size; img_size may be a pair.
+    images, and summed over each patch, so a patch weighs as much as all the attention on
+    what it shows. For units of u x u patches, give u * p as patch_size; img_size may be a pair.
 
     Maps may come from anywhere, in any resolution. But shrink those far larger than the
-    crop by F.interpolate(mode="area"), or thin structures are missed; and add a floor
-    (0.05) to masks with zeros, or no visible patch ever shows the object."""
+    crop by F.interpolate(mode="area"), or thin structures are missed; and if
+    they are masks of objects, add a floor (0.05), or no visible patch shows any object."""
     if maps.ndim != 3:
         raise ValueError(f"maps must have shape (B, h, w), got {tuple(maps.shape)}")
     # As in the paper. The authors' code finds a pixel's map cell by dividing by the image
@@ -267,7 +268,7 @@ def mask_and_throw(ranking: Tensor, mask_ratio: float, throw_ratio: float = 0.0,
     return tuple(parts)
 
 # ==== 6. Vision transformer =============================================================
-# Parameters are named as in timm, so checkpoints load either way.
+# Parameters are named as in timm, so checkpoints load in both directions.
 
 def sincos_pos_embed(embed_dim: int, grid_size: int) -> Tensor:
     """MAE's fixed 2-D sine-cosine position embedding (1, 1+N, D) of a square grid. [CLS],
@@ -370,7 +371,7 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """Encodes images (B, C, H, H) as tokens (B, 1+K, D), [CLS] first, after the final
-        norm. Only the patches `visible` (B, K) are even embedded; None means all N."""
+        norm. Only the patches `visible` (B, K) are embedded; None means all N."""
         return self.run_blocks(self.embed(images, visible))
 
     def embed(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -489,8 +490,8 @@ class SimMIM(nn.Module):
     instead of pixels, l2 instead of l1. `encoder` is like a ViT in `embed_dim`,
     `patch_size`, `in_chans`, `pos_embed`, `embed` and `run_blocks`.
 
-    Only patch tokens reach the head, so the last block's [CLS] query, on which Eq. 3
-    rests, gets no gradient of its own: only the patches' queries train its projection."""
+    The loss sees only patch tokens, so the last block's [CLS] query, on which Eq. 3 rests,
+    gets no gradient: its projection is trained by the patches' queries alone."""
 
     def __init__(self, encoder: nn.Module, target: str = "pixels"):
         super().__init__()
@@ -529,7 +530,7 @@ def random_ranking(weights: Tensor) -> Tensor:
 
 def highest_first(weights: Tensor) -> Tensor:
     """Highest weight first, as in AttMask (Kakogeorgiou et al., 2022). Ties break at
-    random, or equal weights would mask the same top rows of every image."""
+    random, as equal weights would otherwise always mask the top rows."""
     shuffled = random_ranking(weights)
     order = weights.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
     return shuffled.gather(1, order)
@@ -572,8 +573,8 @@ def block_wise(weights: Tensor) -> Tensor:
 
 # ==== 9. Before and after pretraining ===================================================
 def load_weights(vit: ViT, saved: dict):
-    """Loads a ViT from the files that people have (timm's, MAE's, DINO's, this project's):
-    under any prefix, without decoder and head, and for another grid of positions."""
+    """Loads what torch.load gives for a file of timm, MAE, DINO, MoCo or this project: the
+    ViT under any prefix, without decoder and head, its positions resized to the grid."""
     for key in ("model", "state_dict", "teacher"):  # where MAE, MoCo and DINO keep weights
         saved = saved.get(key, saved)
     prefixes = [name.removesuffix("pos_embed") for name in saved if name.endswith("pos_embed")
@@ -630,5 +631,5 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor) -> Tensor:
         penalty /= 10 ** 0.5
         fit(x[used], y[used], penalty)
         losses.append(F.cross_entropy(head(x[held_out]), y[held_out]).item())
-    fit(x, y, penalty * 10 ** 0.5)
+    fit(x, y, penalty if losses[-1] < losses[-2] else penalty * 10 ** 0.5)
     return head(x_test).detach()
