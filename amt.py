@@ -576,13 +576,15 @@ def load_weights(vit: ViT, saved: dict):
     """Loads what torch.load gives for a file of timm, MAE, DINO, MoCo or this project: the
     ViT under any prefix, without decoder and head, its positions resized to the grid."""
     for key in ("model", "state_dict", "teacher"):  # where MAE, MoCo and DINO keep weights
-        saved = saved.get(key, saved)
-    prefixes = [name.removesuffix("pos_embed") for name in saved if name.endswith("pos_embed")
+        saved = saved.get(key, saved) if isinstance(saved, dict) else saved
+    names = [name for name in saved if isinstance(name, str)] if isinstance(saved, dict) else []
+    prefixes = [name.removesuffix("pos_embed") for name in names if name.endswith("pos_embed")
                 and "decoder" not in name and "momentum" not in name]
-    if len(prefixes) != 1:
-        raise ValueError(f"expected one ViT with timm's names, got {len(prefixes)}")
+    if len(prefixes) != 1 or prefixes[0] + "patch_embed.proj.weight" not in saved:
+        raise ValueError(f"expected one ViT with timm's names (pos_embed, patch_embed.proj.weight "
+                         f"and so on), got {len(prefixes)} tensors called pos_embed")
     left_out = tuple(prefixes[0] + name for name in ("decoder", "mask_token", "head."))
-    state = {name.removeprefix(prefixes[0]): p for name, p in saved.items()
+    state = {name.removeprefix(prefixes[0]): saved[name] for name in names
              if name.startswith(prefixes[0]) and not name.startswith(left_out)}
 
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})

@@ -111,6 +111,8 @@ def maps_of(attention, H=16, W=16):
     (lambda: tiny_simmim()(random_images(2), *split(2)[:2]), "positional argument"),
     (lambda: amt.hog(torch.zeros(1, 3, 10, 10), 5), "patch size 5 must be even"),
     (lambda: tiny_simmim("edges"), '"edges".*"pixels" or "hog"'),
+    *((lambda saved=saved: amt.load_weights(tiny_vit(), saved), "one ViT with timm's names")
+      for saved in ([1], torch.zeros(2), {0: torch.zeros(1)}, {"pos_embed": torch.zeros(1, 17, 24)})),
     (lambda: amt.grid_wise(torch.rand(1, 17)), "17 patches.*square.*extra tokens"),
     (lambda: amt.block_wise(torch.rand(1, 17)), "17 patches.*square.*extra tokens"),
 ])

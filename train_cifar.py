@@ -630,7 +630,7 @@ def image_files(args, split: str, classes: list[str]) -> Images:
     files, kinds = [file for file, _ in found.samples], [found.classes[i] for i in found.targets]
     if notes.exists():                                   # Tiny ImageNet's: file, class, a box
         names = dict(line.split("\t")[:2] for line in notes.read_text().splitlines())
-        kinds = [names[Path(file).name] for file in files]
+        kinds = [names.get(Path(file).name, f"none for {file}") for file in files]
     index = {name: i for i, name in enumerate(classes or found.classes)}
     if set(kinds) - index.keys():
         raise ValueError(f"{folder} has classes that train/ has not: {set(kinds) - index.keys()}")
@@ -757,7 +757,7 @@ def run_all(args):
             raise ValueError(f"{path} exists: continue it with --resume, or give another --out-dir")
         if path.exists():
             saved = load_file(path)
-            refuse_other(path, saved["settings"], settings(args, stage))
+            refuse_other(path, saved.get("settings", {}), settings(args, stage))
             mine[f"steps in {path}"] = saved["step"]
             del saved                                    # its weights are on the device
     encoder = load_encoder(args)
