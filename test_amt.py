@@ -792,7 +792,11 @@ def finished(tmp_path_factory):
     (["--epoch", 1], "did you mean --epochs?"),
     (["--mask-ratio", 0.75], "--mask-ratio 0.75 leaves no patch .*also give --throw-ratio 0"),
     (["--mask-ratio", 0.01], "0 of 16 masked"),
-    (["--masking", "random", "--weights", "uniform"], "uniform needs --masking attention"),
+    (["--masking", "random", "--weights", "uniform"], "need --masking attention, got random"),
+    (["--masking", "attmask", "--map-floor", 0.5], "need --masking attention, got attmask"),
+    (["--map-floor", 25], "--map-floor must be at most 1, got 25"),
+    (["--workers", 0], "--workers must be at least 1, got 0"),
+    (["--dataset", "cifar10", "--weights", "object"], "invalid choice: 'object'"),
     (["--update-interval", 6], "--update-interval must be less than --epochs, got 6"),
     (["--epochs", 0], "--epochs 0 needs a --checkpoint"),
     (["--checkpoint", "no.pth"], "No such file.*no.pth"),
@@ -912,15 +916,24 @@ def test_maps_are_the_attention_of_whole_images_and_weights_change_them():
     torch.testing.assert_close(own, amt.attention_maps(encoder, pixels).half(), rtol=0, atol=2e-3)
     maps = own.float()
     assert float(share) == pytest.approx((maps.mean(dim=0).var() / maps.var()).item(), abs=1e-3)
-    assert train_cifar.reweight(maps, "uniform").eq(1).all()
-    torch.manual_seed(0)
-    distance = torch.cdist(train_cifar.reweight(maps, "shuffled").flatten(1), maps.flatten(1))
-    source = distance.argmin(dim=1)                      # each is the map of another image
+    for flag, expected in [("uniform", torch.ones(70, 4, 4)), ("object", train.objects)]:
+        found, _ = train_cifar.new_maps(parse("--weights", flag), train, encoder, 2)
+        torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-3)
+    shuffled, _ = train_cifar.new_maps(parse("--weights", "shuffled"), train, encoder, 2)
+    source = torch.cdist(shuffled.float().flatten(1), maps.flatten(1)).argmin(dim=1)
     assert len(source.unique()) == 70 and (source == torch.arange(70)).sum() < 10
-    ratio = maps / maps.mean(dim=0)
-    low, high = ratio.amin(dim=(1, 2), keepdim=True), ratio.amax(dim=(1, 2), keepdim=True)
-    torch.testing.assert_close(train_cifar.reweight(maps, "debiased"),
-                               (ratio - low) / (high - low), rtol=0, atol=2e-3)
+    floored, _ = train_cifar.new_maps(parse("--map-floor", 0.25), train, encoder, 2)
+    assert floored.amin() == 0.25 and floored.amax() == 1
+    torch.testing.assert_close((floored.float() - 0.25) / 0.75, maps, rtol=0, atol=2e-3)
+
+def test_the_true_objects_are_where_an_image_differs_from_its_background():
+    images, _ = train_cifar.load_data(parse())
+    pixels = images.squares.float()
+    background = F.interpolate(pixels[:, :, ::31, ::31], 32, mode="bilinear", align_corners=True)
+    inside = ((pixels - background).abs() > 2).any(dim=1).float()
+    fraction = inside.unflatten(1, (4, 8)).unflatten(3, (4, 8)).mean(dim=(2, 4))
+    assert 0.3 < fraction.mean() < 0.5
+    torch.testing.assert_close(images.objects, fraction, rtol=0, atol=1 / 16)
 
 def test_pretraining_may_start_from_an_encoder_and_then_has_maps_at_once(tmp_path, monkeypatch):
     encoder = unsettle(train_cifar.load_encoder(parse()))
@@ -947,8 +960,8 @@ def test_a_run_says_if_it_has_no_maps_and_how_far_it_is(tmp_path, capsys, monkey
     monkeypatch.setattr(train_cifar.time, "time", itertools.count(0, 7).__next__)
     run(tmp_path, "--epochs", 1, "--update-interval", 1)
     said = capsys.readouterr().out
-    assert "too short for attention maps" in said and "class 9" in said and "'mean': [0." in said
-    pattern = r"pretraining 1/1, step \d/2, loss [\d.]+, \d+ images/s, left \d:\d\d:\d\d \(run "
+    assert "too short for attention maps" in said and "'8', '9']" in said and "'mean': [0." in said
+    pattern = r"pretraining 1/1, step \d/2, loss [\d.]+, \d:\d\d:\d\d left, \d+ images/s"
     assert re.search(pattern, said) and "encoder.pth" in said.splitlines()[-1]
     train_cifar.SHOWN["next"] = 0
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)

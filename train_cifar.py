@@ -15,10 +15,9 @@ for each, and applies it to the image and to its attention map.
 A run writes to --out-dir: encoder.pth (the encoder alone, with timm's names), checkpoint.pth (for
 --resume; its "data" has the mean and std of the images and the names of the classes), attention.png
 (where [CLS] looks after each update of the maps), masking.png (what is masked, thrown, predicted)
-and log.csv. The log has the seconds and images_per_second of an epoch's steps, map_seconds that new
-maps took, position_share (the fraction of their variance that a patch's position explains), and
-probe_cls and probe_mean, the test accuracy of linear classifiers on [CLS] and on the mean of the
-patches. Fine-tuning writes finetuned.pth, finetune-checkpoint.pth and finetune-log.csv.
+and log.csv: seconds of an epoch's steps, map_seconds of new maps, position_share (the fraction of
+the maps' variance that a patch's position explains), probe_cls and probe_mean (test accuracy of
+linear classifiers on [CLS] and on the mean of the patches). Fine-tuning writes finetuned.pth.
 """
 import argparse
 import difflib
@@ -66,7 +65,7 @@ STRATEGIES = {"attention": amt.sample_patches, "random": amt.random_ranking,
               "block": amt.block_wise, "grid": amt.grid_wise}
 USE_MAPS = ["attention", "attmask", "mst"]               # strategies that rank by attention
 MODELS = ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
-POSITIVE = ["square_size", "depth", "update_interval", "batch_size", "accum_steps", "save_every"]
+POSITIVE = "square_size workers depth update_interval batch_size accum_steps save_every".split()
 DOWNLOADS = {  # the class in torchvision, and its arguments for training and for test images
     "cifar10": (CIFAR10, dict(train=True), dict(train=False)),
     "cifar100": (CIFAR100, dict(train=True), dict(train=False)),
@@ -119,7 +118,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--masking", "attention", "how patches are ranked: attention draws them, attmask takes the "
         "highest attention first, mst the lowest; the others ignore it", choices=STRATEGIES)
     add("--weights", "own", "whose attention map: the image's own, another image's, 1 for each "
-        "patch, or own / mean map", choices=["own", "shuffled", "uniform", "debiased"])
+        "patch, or (shapes only) where the object truly is",
+        choices=["own", "shuffled", "uniform"] + ["object"] * (dataset == "shapes"))
+    add("--map-floor", 0.0, "rank by floor + (1 - floor) * map, so that hints of the object stay")
     add("--mask-ratio", None, "fraction of patches to mask (default: the paper's)", type=float)
     add("--throw-ratio", None, "fraction of patches to throw (default: the paper's)", type=float)
     add("--update-interval", None, "epochs between new maps (default: a tenth, at least 4)",
@@ -163,8 +164,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least {int(low)}, got {value}")
     if not args.epochs and not args.checkpoint:
         parser.error("--epochs 0 needs a --checkpoint to probe or to fine-tune, a file or none")
-    if args.weights != "own" and args.masking != "attention":
-        parser.error(f"--weights {args.weights} needs --masking attention, got {args.masking}")
+    if args.masking != "attention" and (args.weights != "own" or args.map_floor):
+        parser.error(f"--weights and --map-floor need --masking attention, got {args.masking}")
+    if args.map_floor > 1:
+        parser.error(f"--map-floor must be at most 1, got {args.map_floor}")
     if args.masking in USE_MAPS and args.update_interval >= args.epochs > 1:
         parser.error(f"--update-interval must be less than --epochs, got {args.update_interval}")
     args.global_batch = args.batch_size * args.accum_steps * WORLD_SIZE
@@ -231,16 +234,15 @@ def new_maps(args, train: "Images", encoder: amt.ViT, epoch: int) -> tuple[Tenso
         maps = all_reduce(amt.dataset_maps(encoder, whole, len(train))).float()
     position_share = maps.mean(dim=0).var() / maps.var()
     torch.manual_seed(seed_of(args.seed, "shuffled", epoch))
-    return reweight(maps, args.weights).half(), f"{position_share.item():.4f}"
+    return reweight(args, maps, train.objects).half(), f"{position_share.item():.4f}"
 
-def reweight(maps: Tensor, weights: str) -> Tensor:
-    if weights == "shuffled":
-        return maps[torch.randperm(len(maps)).to(maps.device)]
-    if weights == "debiased":
-        maps = maps / maps.mean(dim=0).clamp_min(1e-4)
-        low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
-        return (maps - low) / (high - low).clamp_min(1e-12)
-    return torch.ones_like(maps) if weights == "uniform" else maps
+def reweight(args, maps: Tensor, objects: Tensor | None) -> Tensor:
+    """Attention maps (n, h, w), or what --weights takes instead, with the floor of --map-floor."""
+    if args.weights == "shuffled":
+        maps = maps[torch.randperm(len(maps)).to(maps.device)]
+    elif args.weights != "own":
+        maps = torch.ones_like(maps) if args.weights == "uniform" else objects
+    return args.map_floor + (1 - args.map_floor) * maps
 
 def build_model(args, encoder: amt.ViT) -> nn.Module:
     if args.method != "mae":
@@ -277,8 +279,7 @@ class Run:
             raise ValueError(f"a step takes {args.global_batch} images, but there are only {n}")
         self.step, self.seconds = 0, 0.0                 # steps in all; seconds in this epoch
         self.loss = torch.zeros((), dtype=torch.float64, device=DEVICE)      # sum over this epoch
-        self.log = []                                    # a row for each finished epoch
-        self.maps, self.snapshots = None, {}             # attention maps (n, h, w); for pictures
+        self.log, self.maps, self.snapshots = [], None, {}       # its rows; (n, h, w); for pictures
         self.prefix = "" if name == "pretraining" else f"{name}-"
         self.path = args.out_dir / f"{self.prefix}checkpoint.pth"
         if args.resume and self.path.exists():
@@ -340,14 +341,11 @@ class Run:
         return self.lr * (0.5 + 0.5 * math.cos(math.pi * (epoch - warmup) / (self.total - warmup)))
 
     def progress(self, epoch: int) -> str:
-        done = self.step - epoch * self.per_epoch
-        left = [self.seconds / done * (self.per_epoch - done), (time.time() - self.began)
-                / (self.step - self.first) * (self.total * self.per_epoch - self.step)]
-        left = [timedelta(seconds=round(x)) for x in left]
-        speed = done * self.args.global_batch / self.seconds
-        return (f"{self.name} {epoch + 1}/{self.total}, step {done}/{self.per_epoch}, "
-                f"loss {self.loss.item() / done:.3f}, {speed:.0f} images/s, "
-                f"left {left[0]} (run {left[1]})")
+        done, left = self.step - epoch * self.per_epoch, self.total * self.per_epoch - self.step
+        left *= (time.time() - self.began) / (self.step - self.first)        # seconds
+        return (f"{self.name} {epoch + 1}/{self.total}, step {done}/{self.per_epoch}, loss "
+                f"{self.loss.item() / done:.3f}, {timedelta(seconds=round(left))} left, "
+                f"{done * self.args.global_batch / self.seconds:.0f} images/s")
 
     def end_epoch(self, columns: dict[str, str]):
         """Adds a row to the log, prints it, and saves if it is time."""
@@ -446,8 +444,7 @@ def linear_probe(args, train: "Images", test: "Images", encoder: amt.ViT) -> dic
     torch.set_float32_matmul_precision("highest")        # TF32 would stop the fit early
     for i, name in enumerate(["probe_cls", "probe_mean"]):
         torch.manual_seed(seed_of(args.seed, "probe"))
-        logits = amt.linear_probe(x[:, i], train.labels, x_test[:, i])
-        found[name] = accuracy(logits, test)
+        found[name] = accuracy(amt.linear_probe(x[:, i], train.labels, x_test[:, i]), test)
     torch.set_float32_matmul_precision("high")
     return found
 
@@ -513,8 +510,9 @@ class Images:
     or in files that are decoded whenever they are read. The first len(labels) have labels."""
 
     def __init__(self, args, labels: list[int], classes: list[str], squares: Tensor | None = None,
-                 ratio: Tensor | None = None, files: list[str] = ()):
+                 ratio: Tensor | None = None, files: list[str] = (), objects: Tensor | None = None):
         self.args, self.classes, self.files, self.squares = args, classes, files, squares
+        self.objects = objects                           # of shapes, their fraction of each patch
         self.labels = torch.tensor(labels, dtype=torch.int64, device=DEVICE)
         if squares is not None and squares.nbytes < 2 ** 33:     # more stay in host memory
             self.squares = squares.to(DEVICE)
@@ -666,7 +664,8 @@ def shapes(args, n: int, seed: int) -> Images:
     background = F.interpolate(corners, size=32, mode="bilinear", align_corners=True)
     dark, light = uniform(0, 100, 3, 1, 1), uniform(155, 255, 3, 1, 1)
     image = torch.where(inside[:, None], torch.where(pattern[:, None], light, dark), background)
-    return Images(args, label.tolist(), [f"class {c}" for c in range(10)], image.round().byte())
+    objects = F.adaptive_avg_pool2d(inside.float(), args.img_size // args.patch_size).to(DEVICE)
+    return Images(args, label.tolist(), [*"0123456789"], image.round().byte(), objects=objects)
 
 # ==== Pictures ====================================================================================
 @torch.no_grad()
@@ -681,7 +680,8 @@ def save_pictures(args, run: Run, images: Images, rank, ratios, epoch: int):
     x = images.whole(squares)
     maps = run.snapshots[epoch] = amt.attention_maps(model.encoder, x)
     torch.manual_seed(seed_of(args.seed))
-    ranking = rank(amt.patchify(reweight(maps, args.weights)[:, None], unit).sum(dim=2))
+    objects = images.objects[ids] if args.weights == "object" else None
+    ranking = rank(amt.patchify(reweight(args, maps, objects)[:, None], unit).sum(dim=2))
     masked, thrown, visible = amt.mask_and_throw(ranking, *ratios, unit)
     _, pred = model(x, visible=visible, masked=masked)
     if args.method == "mae":                             # it predicts standardized patches
