@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -1002,6 +1003,17 @@ def test_the_probe_reads_both_readouts_of_whole_images(monkeypatch):
     assert found["probe_mean"] == f"{100 * 40 / 41:.2f}" and float(found["probe_cls"]) < 50
     pixels = torch.cat([train.squares, squares]).float()
     torch.testing.assert_close(torch.cat(seen), (pixels - 100) / 50)
+
+def test_nearest_neighbors_vote_with_the_exponential_of_their_cosine_similarity():
+    knn = runpy.run_path(str(Path(__file__).parent / "docs/knn.py"))["knn"]
+    x, x_test = torch.randn(30, 4, generator=rng()) + 0.5, torch.randn(1001, 4, generator=rng(1))
+    y = torch.arange(30) % 3
+    votes = knn(x, y, x_test, k=5, temperature=0.5)
+    for i in (0, 7, 1000):
+        near = sorted(((F.cosine_similarity(x_test[i], x[j], 0).item(), y[j].item())
+                       for j in range(30)), reverse=True)[:5]
+        expected = [sum(math.exp(s / 0.5) for s, label in near if label == c) for c in range(3)]
+        assert votes[i].tolist() == pytest.approx(expected, rel=1e-4)
 
 def test_linear_probe_holds_a_tenth_out_chooses_by_it_and_fits_all_to_convergence(monkeypatch):
     x, y = torch.randn(200, 5, generator=rng()) * 3 + 7, torch.randint(3, (200,), generator=rng(1))
