@@ -195,23 +195,23 @@ def pretrain(args, train: "Images", test: "Images", encoder: amt.ViT):
         if use_maps and run.maps is None:
             rank, ratios = amt.random_ranking, method["random"]
         model.train()
-        for mini_batches in run.steps(epoch):
-            for ids, squares, ratio in mini_batches:     # (B,), (B, 3, S, S), (B,)
-                # The same theta cuts the images and their attention maps.
-                theta = amt.random_crops(len(ids), method["scale"], image_ratio=ratio)
-                images = train.normalize(amt.crop(squares, theta, size, "bicubic"))
-                weights = uniform                                            # (B, N)
-                if run.maps is not None:                                     # (n, h, w)
-                    weights = amt.crop_weights(run.maps[ids], theta, size, unit_size)
-                ranking = rank(weights)                                      # Eq. 5
-                masked, _, visible = amt.mask_and_throw(ranking, *ratios, method["unit"])    # Eq. 6
-                with autocast(args):
-                    loss, _ = run.parallel(images, visible=visible, masked=masked)   # Eq. 2
-                loss = loss / args.accum_steps
-                loss.backward()
-                run.loss += loss.detach()
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+        for ids, squares, ratio, last in run.mini_batches(epoch):            # (B,), (B, 3, S, S)
+            # The same theta cuts the images and their attention maps.
+            theta = amt.random_crops(len(ids), method["scale"], image_ratio=ratio)
+            images = train.normalize(amt.crop(squares, theta, size, "bicubic"))
+            weights = uniform                                                # (B, N)
+            if run.maps is not None:                                         # (n, h, w)
+                weights = amt.crop_weights(run.maps[ids], theta, size, unit_size)
+            ranking = rank(weights)                                          # Eq. 5
+            masked, _, visible = amt.mask_and_throw(ranking, *ratios, method["unit"])    # Eq. 6
+            with autocast(args):
+                loss, _ = run.parallel(images, visible=visible, masked=masked)           # Eq. 2
+            loss = loss / args.accum_steps
+            loss.backward()
+            run.loss += loss.detach()
+            if last:                                     # of the accum_steps in a step
+                run.optimizer.step()
+                run.optimizer.zero_grad()
 
         done, row = epoch + 1, dict(map_seconds="", position_share="", probe_cls="", probe_mean="")
         if use_maps and done in updates:
@@ -296,9 +296,10 @@ class Run:
         if WORLD_SIZE > 1:
             self.parallel = nn.parallel.DistributedDataParallel(self.parallel)
 
-    def steps(self, epoch: int):
-        """For each step that is left of this epoch, yields the accum_steps mini-batches of this
-        process: see `Images.read`. After a signal it finishes the step, saves and ends the run."""
+    def mini_batches(self, epoch: int):
+        """Yields this process's mini-batches of the steps that are left of this epoch, as
+        `Images.read` does, and whether each is the last of its step, after which the caller updates
+        the weights. After a signal it waits for the end of the step, saves and ends the run."""
         args, accum, first = self.args, self.args.accum_steps, epoch * self.per_epoch
         torch.manual_seed(seed_of(args.seed, self.name, epoch))
         order = torch.randperm(self.n)[: self.per_epoch * args.global_batch]
@@ -308,18 +309,15 @@ class Run:
             self.loss.zero_()
             self.seconds = 0.0
         began = time.time() - self.seconds
-
-        def mini_batches():
-            for i in range(accum):                       # seeded anew for each, so that a run may
-                part = RANK * accum + i                  # resume on another number of processes
-                torch.manual_seed(seed_of(args.seed, self.name, self.step, part))
-                if WORLD_SIZE > 1:                       # only the last backward pass averages
-                    self.parallel.require_backward_grad_sync = i + 1 == accum
-                yield next(batches)
         while self.step < first + self.per_epoch:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(self.step) * group.get("lr_scale", 1.0)
-            yield mini_batches()
+            for i in range(accum):                       # seeded anew for each, so that a run may
+                part, last = RANK * accum + i, i + 1 == accum    # resume on other processes
+                torch.manual_seed(seed_of(args.seed, self.name, self.step, part))
+                if WORLD_SIZE > 1:                       # only the last backward pass averages
+                    self.parallel.require_backward_grad_sync = last
+                yield *next(batches), last
             self.step += 1
             self.seconds = time.time() - began
             show_progress(lambda: self.progress(epoch))
@@ -476,20 +474,20 @@ def finetune(args, train: "Images", test: "Images", encoder: amt.ViT):
     mix, augment = v2.RandomChoice(mixes), v2.RandAugment()
     for epoch in range(len(run.log), args.finetune_epochs):
         model.train()
-        for mini_batches in run.steps(epoch):
-            for ids, squares, ratio in mini_batches:
-                theta = amt.random_crops(len(ids), image_ratio=ratio)
-                images = amt.crop(squares, theta, args.img_size, "bicubic").clamp(0, 255)
-                if args.finetune_randaugment:
-                    images = torch.stack([augment(image) for image in images.round().byte()])
-                images, labels = mix(train.normalize(images), train.labels[ids])
-                with autocast(args):
-                    logits = run.parallel(images).float()
-                loss = F.cross_entropy(logits, labels, label_smoothing=0.1) / args.accum_steps
-                loss.backward()
-                run.loss += loss.detach()
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+        for ids, squares, ratio, last in run.mini_batches(epoch):
+            theta = amt.random_crops(len(ids), image_ratio=ratio)
+            images = amt.crop(squares, theta, args.img_size, "bicubic").clamp(0, 255)
+            if args.finetune_randaugment:
+                images = torch.stack([augment(image) for image in images.round().byte()])
+            images, labels = mix(train.normalize(images), train.labels[ids])
+            with autocast(args):
+                logits = run.parallel(images).float()
+            loss = F.cross_entropy(logits, labels, label_smoothing=0.1) / args.accum_steps
+            loss.backward()
+            run.loss += loss.detach()
+            if last:
+                run.optimizer.step()
+                run.optimizer.zero_grad()
         logits = outputs(args, test, model.eval(), (classes,))
         run.end_epoch({"test_accuracy": accuracy(logits, test)})
     write(args.out_dir / "finetuned.pth",
