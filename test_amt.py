@@ -936,6 +936,15 @@ def test_the_true_objects_are_where_an_image_differs_from_its_background():
     assert 0.3 < fraction.mean() < 0.5
     torch.testing.assert_close(images.objects, fraction, rtol=0, atol=1 / 16)
 
+def test_a_picture_ranks_by_the_true_objects_of_its_own_images(tmp_path, monkeypatch):
+    reweight, found = train_cifar.reweight, []
+    monkeypatch.setattr(train_cifar, "reweight",
+                        lambda *args: found.append(reweight(*args)) or found[-1])
+    run(tmp_path, "--weights", "object", "--map-floor", 0.25)
+    shown = torch.randperm(70, generator=rng())[:8]
+    torch.testing.assert_close(
+        found[-1], 0.25 + 0.75 * train_cifar.load_data(parse())[1].objects[shown])
+
 def test_pretraining_may_start_from_an_encoder_and_then_has_maps_at_once(tmp_path, monkeypatch):
     encoder = unsettle(train_cifar.load_encoder(parse()))
     torch.save(encoder.state_dict(), tmp_path / "e.pth")

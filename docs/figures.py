@@ -1,11 +1,11 @@
 """Draws the pictures of the README and of results.md. Needs matplotlib: pip install matplotlib
 
-    python docs/figures.py method out-shapes      # docs/method.png, with a run of shapes
-    python docs/figures.py paired                 # docs/paired.png and its table, from docs/logs
-    python docs/figures.py curve                  # docs/curve.png, from docs/logs
-    python docs/figures.py curve out-shapes out-random ...     # curves.png, from their log.csv
-    python docs/figures.py attention out-0 out-1 DATA_PATH     # docs/attention.png, of two seeds
-    python docs/figures.py objects out-shapes ...     # attention on the objects of shapes
+    python docs/figures.py method out-shapes         # docs/method.png, with a run of shapes
+    python docs/figures.py probes                    # docs/probes.png, from docs/logs
+    python docs/figures.py compare shapes own random # a paired t-test, from docs/logs
+    python docs/figures.py curve out-a out-b ...     # curves.png, from their log.csv
+    python docs/figures.py attention out-0 out-1 DATA_PATH    # docs/attention.png, of two seeds
+    python docs/figures.py objects out-shapes ...    # attention on the objects of shapes
 """
 import csv
 import math
@@ -23,10 +23,17 @@ import amt
 import train_cifar
 
 MASKED, THROWN, VISIBLE = "#d1495b", "#8a8f98", "#2e7d5b"
-NAMES = {"own": "AMT", "uniform": "throwing\nat random", "random": "random\nmasking",
-         "shuffled": "another\nimage's map", "debiased": "debiased\nmap"}
+LOGS = {"shapes": "shapes-24-epochs.csv", "cifar10": "cifar10-16-epochs.csv"}
+READOUTS = {"probe_cls": "[CLS]", "probe_mean": "mean of the patches"}
+NAMES = {  # of the runs in docs/logs, in the order of the tables
+    "random": "random 0.75, nothing thrown", "am": "own map, 0.75",
+    "am-floor": "own map with floor, 0.75", "am-object": "true object with floor, 0.75",
+    "uniform": "random, 0.45 / 0.40", "own": "own map, 0.45 / 0.40 (AMT)",
+    "floor": "own map with floor, 0.45 / 0.40", "object": "true object with floor, 0.45 / 0.40",
+    "teacher": "map of a trained classifier, 0.45 / 0.40",
+    "uniform-85": "random 0.85, nothing thrown", "uniform-45-30": "random, 0.45 / 0.30",
+    "untrained": "untrained"}
 plt.rcParams.update({"font.size": 10, "figure.facecolor": "white", "savefig.dpi": 130})
-
 
 def load_run(out_dir: str, *flags: str) -> tuple:
     """The flags, the settings and the encoder of a run of train_cifar.py."""
@@ -38,18 +45,15 @@ def load_run(out_dir: str, *flags: str) -> tuple:
         [*flags, "--epochs", "0", "--checkpoint", str(Path(out_dir) / "encoder.pth")])
     return args, settings, train_cifar.load_encoder(args).eval()
 
-
 def maps_of(encoder: amt.ViT, images: train_cifar.Images, n: int) -> torch.Tensor:
     """The attention maps (n, h, w) of the first n images."""
     batches = ((ids, images.whole(squares))
                for ids, squares, _ in images.read(torch.arange(n).split(250)))
     return amt.dataset_maps(encoder, batches, n).float().cpu()
 
-
 def position_share(maps: torch.Tensor) -> float:
     """The fraction of the maps' variance that the position of a patch explains."""
     return (maps.mean(dim=0).var() / maps.var()).item()
-
 
 def method(out_dir: str):
     """The path of one image through AMT: attention, crop, ranking, split, encoder and decoder."""
@@ -146,44 +150,46 @@ def method(out_dir: str):
     text(7.95, 0.37, f"predict these {len(masked)}: loss")
     figure.savefig(DOCS / "method.png", bbox_inches="tight")
 
+def read_log(dataset: str) -> dict[str, dict[str, dict]]:
+    """The rows of a log by run and seed."""
+    with open(DOCS / "logs" / LOGS[dataset], newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {run: {row["seed"]: row for row in rows if row["run"] == run} for run in NAMES
+            if any(row["run"] == run for row in rows)}
 
-def read_log(name: str) -> list[dict]:
-    with open(DOCS / "logs" / name, newline="") as file:
-        return list(csv.DictReader(file))
+def probes():
+    """Both probes of every run: a dot for each seed and a line for the mean."""
+    logs = {dataset: read_log(dataset) for dataset in LOGS}
+    figure, axes = plt.subplots(len(logs), 1, sharex=False, figsize=(8.5, 8),
+                                height_ratios=[len(log) for log in logs.values()])
+    for ax, (dataset, log) in zip(axes, logs.items()):
+        for place, seeds in enumerate(log.values()):
+            for (column, label), color in zip(READOUTS.items(), [MASKED, VISIBLE]):
+                values = [float(row[column]) for row in seeds.values()]
+                ax.plot(values, [place] * len(values), "o", color=color, alpha=0.5, markersize=5,
+                        label=label if place == 0 else None)
+                ax.plot([sum(values) / len(values)], [place], "|", color=color, markersize=18,
+                        markeredgewidth=2.5)
+        ax.set_yticks(range(len(log)), [NAMES[run] for run in log])
+        ax.invert_yaxis()
+        ax.grid(axis="x", alpha=0.4)
+        ax.set_title({"shapes": "shapes, 24 epochs", "cifar10": "CIFAR-10, 16 epochs"}[dataset])
+    axes[0].legend(title="linear probe on", fontsize=9)
+    axes[-1].set_xlabel("test accuracy, %: a dot for each seed, a bar for their mean")
+    figure.tight_layout()
+    figure.savefig(DOCS / "probes.png", bbox_inches="tight")
 
-
-def paired():
-    """A dot for each seed: the difference of the linear probe between two runs of that seed. Prints
-    the differences with their standard errors and the p of a paired t-test, as Markdown."""
-    rows = read_log("cifar10-16-epochs.csv")
-
-    def probe(run):
-        return {row["seed"]: float(row["probe_accuracy"]) for row in rows if row["run"] == run}
-
-    pairs = [("own", "uniform"), ("own", "shuffled"), ("own", "debiased"), ("own", "random"),
-             ("debiased", "uniform"), ("uniform", "random")]
-    figure, axes = plt.subplots(figsize=(9, 3.4))
-    for place, (run, control) in enumerate(pairs):
-        a, b = probe(run), probe(control)
+def compare(dataset: str, run: str, control: str):
+    """Prints run - control for each readout: mean, standard error and p of a paired t-test."""
+    a, b = read_log(dataset)[run], read_log(dataset)[control]
+    for column, label in READOUTS.items():
         seeds = sorted(a.keys() & b.keys())
-        differences = torch.tensor([a[x] - b[x] for x in seeds], dtype=torch.float64)
+        differences = torch.tensor([float(a[x][column]) - float(b[x][column]) for x in seeds],
+                                   dtype=torch.float64)
         n = len(seeds)
         mean, error = differences.mean().item(), differences.std().item() / n ** 0.5
-        p = p_value(mean / error, n - 1)
-        print(f"| {run} - {control} | {n} | {mean:+.2f} | {error:.2f} | {p:.3f} |")
-        axes.errorbar(place + 0.22, mean, error, fmt="_", color="black", capsize=4, markersize=14)
-        label = f"{mean:+.2f}\n\u00b1 {error:.2f}"
-        axes.text(place + 0.28, mean + 0.05, label, va="bottom", size=8)
-        for seed, difference in zip(seeds, differences.tolist()):
-            x = place - 0.15 + 0.07 * int(seed)
-            axes.plot(x, difference, "o", color=MASKED, alpha=0.8)
-            axes.annotate(seed, (x, difference), (0, 5), textcoords="offset points",
-                          ha="center", size=7)
-    axes.axhline(0, color="gray", linewidth=1)
-    axes.set(xlim=(-0.4, len(pairs) - 0.3), ylim=(-2.7, 2), ylabel="points of linear probe")
-    axes.set_xticks(range(len(pairs)), [f"{NAMES[a]}\nminus\n{NAMES[b]}" for a, b in pairs], size=8)
-    figure.savefig(DOCS / "paired.png", bbox_inches="tight")
-
+        print(f"{run} - {control}, {label}: {mean:+.2f}, standard error {error:.2f}, n {n}, "
+              f"p {p_value(mean / error, n - 1):.3f}: {[round(x, 2) for x in differences.tolist()]}")
 
 def p_value(t: float, df: int) -> float:
     """The two-sided p of Student's t with df degrees of freedom, by numerical integration."""
@@ -192,43 +198,24 @@ def p_value(t: float, df: int) -> float:
     density = scale * (1 + x ** 2 / df) ** (-(df + 1) / 2)
     return 1 - 2 * torch.trapezoid(density, x).item()
 
-
 def curve(*out_dirs: str):
-    """The linear probe and the share of position over 60 epochs, a line for each run; or, of the
-    runs in out_dirs, the loss, both probes and the share. Losses of two strategies don't compare.
-    """
-    columns = {"probe_accuracy": "linear probe, %"}
-    lines = []                                           # label, color, style, rows
-    if out_dirs:
-        columns = {"loss": "loss", "probe_cls": "probe of [CLS], %",
-                   "probe_mean": "probe of the patches' mean, %"}
-        for out_dir in out_dirs:
-            with open(Path(out_dir) / "log.csv", newline="") as file:
-                lines.append((out_dir, None, "-", list(csv.DictReader(file))))
-    else:
-        rows = read_log("cifar10-60-epochs.csv")
-        for run, color in [("own", MASKED), ("uniform", VISIBLE), ("random", THROWN),
-                           ("debiased", "#2b6cb0")]:
-            for seed, style in [("0", "-"), ("1", "--")]:
-                label = NAMES[run].replace("\n", " ") if seed == "0" else None
-                lines.append((label, color, style, [
-                    row for row in rows if (row["run"], row["seed"]) == (run, seed)]))
-    columns["position_share"] = "share of variance that\nposition explains, %"
-    height = len(columns) // 2
-    figure, axes = plt.subplots(height, 2, figsize=(10, 4 * height))
-    for ax, (column, name) in zip(axes.flat, columns.items()):
-        scale = 100 if column == "position_share" else 1
-        for i, (label, color, style, rows) in enumerate(lines):
-            points = [(int(row["epoch"]), scale * float(row[column]))
-                      for row in rows if row[column]]
+    """Loss, probes and the share of position, a line for each run. Don't compare the losses of two
+    strategies: what they predict, and from what, differs."""
+    columns = {"loss": "loss", "probe_cls": "probe of [CLS], %",
+               "probe_mean": "probe of the patches' mean, %",
+               "position_share": "share of variance that\nposition explains"}
+    figure, axes = plt.subplots(2, 2, figsize=(10, 8))
+    for out_dir in out_dirs:
+        with open(Path(out_dir) / "log.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        for ax, (column, name) in zip(axes.flat, columns.items()):
+            points = [(int(row["epoch"]), float(row[column])) for row in rows if row[column]]
             if points:
-                ax.plot(*zip(*points), style, marker="o", markersize=4, color=color or f"C{i}",
-                        label=label)
-        ax.set(xlabel="epoch" if out_dirs else "epoch (solid: seed 0, dashed: seed 1)", ylabel=name)
+                ax.plot(*zip(*points), marker="o", markersize=4, label=out_dir)
+            ax.set(xlabel="epoch", ylabel=name)
     axes.flat[0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig("curves.png" if out_dirs else DOCS / "curve.png", bbox_inches="tight")
-
+    figure.savefig("curves.png", bbox_inches="tight")
 
 def attention(out_dir_a: str, out_dir_b: str, data_path: str = "data"):
     """What [CLS] attends to in eight test images, in two runs that differ in the seed."""
@@ -247,33 +234,24 @@ def attention(out_dir_a: str, out_dir_b: str, data_path: str = "data"):
     figure.subplots_adjust(wspace=0.05, hspace=0.05)
     figure.savefig(DOCS / "attention.png", bbox_inches="tight")
 
-
 def objects(*out_dirs: str):
     """Prints how much attention [CLS] pays to the objects in 1,000 test images of shapes."""
     for out_dir in out_dirs:
         args, _, encoder = load_run(out_dir)
         images = train_cifar.load_data(args)[1]
-        maps = maps_of(encoder, images, 1000)
-        colors = (images.squares[:1000].cpu().long()
-                  * torch.tensor([65536, 256, 1])[:, None, None]).sum(dim=1)
-        inside = []
-        for image in colors:                             # the two most common are the object's
-            values, counts = image.unique(return_counts=True)
-            inside.append(torch.isin(image, values[counts.topk(2).indices]))
-        area = amt.patchify(torch.stack(inside)[:, None].float(), args.patch_size).mean(dim=2)
-        weights = maps.flatten(1)
+        weights = maps_of(encoder, images, 1000).flatten(1)
+        area = images.objects[:1000].flatten(1).cpu()
         on_objects = (weights * area).sum(dim=1) / weights.sum(dim=1)
         torch.manual_seed(0)
         visible = amt.mask_and_throw(amt.sample_patches(weights), 0.45, 0.40)[2]
         print(f"{out_dir}: objects cover {100 * area.mean():.1f} % of the area, and have "
               f"{100 * on_objects.mean():.1f} % of the attention and "
               f"{100 * area.gather(1, visible).mean():.1f} % of the visible patches; position "
-              f"explains {100 * position_share(maps):.0f} % of the variance")
-
+              f"explains {100 * position_share(weights):.0f} % of the variance")
 
 if __name__ == "__main__":
-    commands = {"method": method, "paired": paired, "curve": curve, "attention": attention,
-                "objects": objects}
+    commands = {"method": method, "probes": probes, "compare": compare, "curve": curve,
+                "attention": attention, "objects": objects}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])
