@@ -1308,6 +1308,17 @@ def test_a_run_that_a_signal_stops_ends_as_an_unbroken_one_once_resumed(
     for name in ("encoder.pth", "finetuned.pth"):
         assert_same(load(tmp_path / name), load(finished / name))
 
+def test_a_signal_ends_at_once_what_has_no_steps(tmp_path, monkeypatch):
+    def at(name):
+        found, original = [], getattr(train_cifar, name)
+        monkeypatch.setattr(train_cifar, name, lambda *args: found.append(
+            signal.getsignal(signal.SIGTERM) is train_cifar.on_signal) or original(*args))
+        return found
+    loading, probe = at("load_data"), at("linear_probe")
+    run(tmp_path, "--epochs", 0, "--checkpoint", "none")
+    run(tmp_path, "--epochs", 1, "--masking", "random")
+    assert (loading, probe) == ([False, False], [False, True])
+
 @pytest.mark.parametrize("where", [b"", b"half a checkpoint"])
 def test_a_run_killed_before_or_while_it_saves_ends_as_an_unbroken_one(where, finished, tmp_path,
                                                                        monkeypatch):

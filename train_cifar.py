@@ -9,8 +9,8 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         train_cifar.py --dataset imagenet --data-path DIR           # on each of two nodes
 
-Every dataset is a set of whole, square images. A step takes some of them, draws a random crop theta
-for each, and applies it to the image and to its attention map.
+Every dataset is a set of whole images, stored as squares. A step takes some of them, draws a random
+crop theta for each, and applies it to the image and to its attention map.
 
 A run writes to --out-dir: encoder.pth (the encoder alone, with timm's names), checkpoint.pth (for
 --resume; its "data" has the mean and std of the images and the names of the classes), attention.png
@@ -31,6 +31,7 @@ import sys
 import time
 import zipfile
 import zlib
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -123,8 +124,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--map-floor", 0.0, "rank by floor + (1 - floor) * map, so that hints of the object stay")
     add("--mask-ratio", None, "fraction of patches to mask (default: the paper's)", type=float)
     add("--throw-ratio", None, "fraction of patches to throw (default: the paper's)", type=float)
-    add("--update-interval", None, "epochs between new maps (default: a tenth, at least 4)",
-        type=int)
+    add("--update-interval", None, "epochs between new maps (default: a tenth, at least 4, but at "
+        "most half)", type=int)
     group = parser.add_argument_group("pretraining")
     add("--epochs", 400, "epochs of pretraining; 0, with --checkpoint, skips it")
     add("--warmup-epochs", None, "epochs of warm-up (default: a tenth)", type=int)
@@ -183,21 +184,21 @@ def pretrain(args, train: "Images", test: "Images", encoder: amt.ViT):
     unit_size = method["unit"] * args.patch_size         # side of a masking unit in pixels
     N = amt.patchify(torch.zeros(1, 1, size, size), unit_size).shape[1]      # units of a crop
     uniform = torch.ones(args.batch_size, N, device=DEVICE)
-    amt.mask_and_throw(uniform, args.mask_ratio, args.throw_ratio)           # raises if it must
+    amt.mask_and_throw(uniform, args.mask_ratio, args.throw_ratio)           # bad ratios fail now
     updates = range(args.update_interval, args.epochs, args.update_interval)
-    if use_maps and not updates:
-        say("one epoch is too short for attention maps: all of it masks at random")
     if use_maps and args.checkpoint not in (None, "none") and run.maps is None:
         run.maps, _ = new_maps(args, train, encoder, 0)  # a trained encoder's maps are of use
+    if use_maps and not updates and run.maps is None:
+        say("one epoch is too short for attention maps: all of it masks at random")
 
     for epoch in range(len(run.log), args.epochs):
         rank, ratios = STRATEGIES[args.masking], (args.mask_ratio, args.throw_ratio)
         if use_maps and run.maps is None:
             rank, ratios = amt.random_ranking, method["random"]
         model.train()
-        for ids, squares, ratio, last in run.mini_batches(epoch):            # (B,), (B, 3, S, S)
+        for ids, squares, aspect, last in run.mini_batches(epoch):            # (B,), (B, 3, S, S)
             # The same theta cuts the images and their attention maps.
-            theta = amt.random_crops(len(ids), method["scale"], image_ratio=ratio)
+            theta = amt.random_crops(len(ids), method["scale"], image_ratio=aspect)
             images = train.normalize(amt.crop(squares, theta, size, "bicubic"))
             weights = uniform                                                # (B, N)
             if run.maps is not None:                                         # (n, h, w)
@@ -251,7 +252,7 @@ def build_model(args, encoder: amt.ViT) -> nn.Module:
                    args.decoder_embed_dim // 32, norm_pix_loss=True)
 
 def build_optimizer(model: nn.Module, beta2: float = 0.95, lr_scale=lambda name: 1.0):
-    """AdamW. Only matrices have weight decay. lr_scale(name) multiplies a parameter's rate."""
+    """AdamW. Biases, norms and tokens have no weight decay. lr_scale(name) multiplies the rate."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -288,13 +289,16 @@ class Run:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             vars(self).update({kept: saved[kept] for kept in self.KEPT})
-            say(f"{name} resumes after step {self.step} from {self.path}: {self.log[-1:]}")
+            say(f"{name} resumes after step {self.step} from {self.path}")
         elif args.resume:
             say(f"{self.path} does not exist yet: {name} starts from the beginning")
         self.began, self.first = time.time(), self.step  # to estimate the time that is left
         self.parallel = torch.compile(model, dynamic=False) if args.compile else model
         if WORLD_SIZE > 1:
             self.parallel = nn.parallel.DistributedDataParallel(self.parallel)
+        for number in STOPS:                             # before, they end the script as usual
+            if signal.getsignal(number) is not signal.SIG_IGN:           # as under nohup
+                signal.signal(number, on_signal)
 
     def mini_batches(self, epoch: int):
         """Yields this process's mini-batches of the steps that are left of this epoch, as
@@ -311,12 +315,12 @@ class Run:
         began = time.time() - self.seconds
         while self.step < first + self.per_epoch:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(self.step) * group.get("lr_scale", 1.0)
-            for i in range(accum):                       # seeded anew for each, so that a run may
-                part, last = RANK * accum + i, i + 1 == accum    # resume on other processes
+                group["lr"] = self.learning_rate(self.step) * group["lr_scale"]
+            for i in range(accum):
+                part, last = RANK * accum + i, i + 1 == accum
+                # Each part of a step has its own seed, so the number of processes may change.
                 torch.manual_seed(seed_of(args.seed, self.name, self.step, part))
-                if WORLD_SIZE > 1:                       # only the last backward pass averages
-                    self.parallel.require_backward_grad_sync = last
+                self.parallel.require_backward_grad_sync = last      # DDP averages in the last only
                 yield *next(batches), last
             self.step += 1
             self.seconds = time.time() - began
@@ -328,7 +332,7 @@ class Run:
                     f"{self.name}: the same command with --resume continues")
                 sys.exit(128 + number)
         if not all_reduce(self.loss.clone()).isfinite():         # waits for the GPU
-            self.save()                                  # raises
+            self.save()                                  # refuses to, with an error
         self.seconds = time.time() - began
 
     def learning_rate(self, step: int) -> float:
@@ -417,11 +421,10 @@ def seed_of(*key) -> int:
 @torch.no_grad()
 def outputs(args, images: "Images", function, shape: tuple, text: str = "") -> Tensor:
     """function(test images (B, 3, H, H)) of all images with labels: (n, *shape)."""
-    n = len(images.labels)
-    result = torch.zeros(n, *shape, device=DEVICE)
-    for ids, squares, ratio in images.read(share(n).split(args.batch_size), text):
+    result = torch.zeros(len(images.labels), *shape, device=DEVICE)
+    for ids, squares, aspect in images.read(share(len(result)).split(args.batch_size), text):
         with autocast(args):
-            result[ids] = function(images.central(squares, ratio)).float()
+            result[ids] = function(images.central(squares, aspect)).float()
     return all_reduce(result)
 
 def accuracy(logits: Tensor, images: "Images") -> str:
@@ -451,11 +454,12 @@ def finetune(args, train: "Images", test: "Images", encoder: amt.ViT):
     if len(train.classes) < 2 or not len(test):
         raise ValueError("--finetune-epochs needs two classes or more, and test images")
     torch.manual_seed(seed_of(args.seed, "finetune"))
-    classes, depth, model = len(train.classes), len(encoder.blocks), nn.Sequential()
-    model.encoder, model.head = encoder, nn.Linear(encoder.embed_dim, classes).to(DEVICE)
-    encoder.register_forward_hook(lambda module, inputs, tokens: tokens[:, 0])           # [CLS]
-    nn.init.trunc_normal_(model.head.weight, std=2e-5)
-    nn.init.zeros_(model.head.bias)
+    classes, depth = len(train.classes), len(encoder.blocks)
+    head = nn.Linear(encoder.embed_dim, classes).to(DEVICE)
+    nn.init.trunc_normal_(head.weight, std=2e-5)
+    nn.init.zeros_(head.bias)
+    model = nn.Sequential(OrderedDict(encoder=encoder, head=head))
+    encoder.register_forward_hook(lambda module, inputs, tokens: tokens[:, 0])   # head sees [CLS]
     for i, block in enumerate(encoder.blocks):           # drop path, rising to 0.1 in the last one
         for branch in (block.attn, block.mlp):
             branch.register_forward_hook(lambda module, inputs, y, p=0.1 * i / max(depth - 1, 1):
@@ -474,8 +478,8 @@ def finetune(args, train: "Images", test: "Images", encoder: amt.ViT):
     mix, augment = v2.RandomChoice(mixes), v2.RandAugment()
     for epoch in range(len(run.log), args.finetune_epochs):
         model.train()
-        for ids, squares, ratio, last in run.mini_batches(epoch):
-            theta = amt.random_crops(len(ids), image_ratio=ratio)
+        for ids, squares, aspect, last in run.mini_batches(epoch):
+            theta = amt.random_crops(len(ids), image_ratio=aspect)
             images = amt.crop(squares, theta, args.img_size, "bicubic").clamp(0, 255)
             if args.finetune_randaugment:
                 images = torch.stack([augment(image) for image in images.round().byte()])
@@ -508,19 +512,19 @@ class Images:
     or in files that are decoded whenever they are read. The first len(labels) have labels."""
 
     def __init__(self, args, labels: list[int], classes: list[str], squares: Tensor | None = None,
-                 ratio: Tensor | None = None, files: list[str] = (), objects: Tensor | None = None):
+                 aspect: Tensor | None = None, files=(), objects: Tensor | None = None):
         self.args, self.classes, self.files, self.squares = args, classes, files, squares
         self.objects = objects                           # of shapes, their fraction of each patch
         self.labels = torch.tensor(labels, dtype=torch.int64, device=DEVICE)
         if squares is not None and squares.nbytes < 2 ** 33:     # more stay in host memory
             self.squares = squares.to(DEVICE)
-        self.ratio = torch.ones(len(self)) if ratio is None else ratio       # width / height
+        self.aspect = torch.ones(len(self)) if aspect is None else aspect       # width / height
 
     def __len__(self) -> int:
         return len(self.files if self.squares is None else self.squares)
 
     def read(self, batches, text: str = ""):
-        """Yields indices (B,), squares (B, 3, S, S), 0 to 255, on the device, and ratios (B,) for
+        """Yields indices (B,), squares (B, 3, S, S), 0 to 255, on the device, and aspects (B,) for
         each mini-batch of indices. Threads decode files two mini-batches ahead, as Pillow and
         torch release Python's lock. `text` is shown with the progress."""
         batches = [ids for ids in batches if len(ids)]   # a share may be empty
@@ -528,13 +532,13 @@ class Images:
         try:
             for i, ids in enumerate(batches):
                 if self.squares is not None:
-                    squares, ratio = self.squares[ids.to(self.squares.device)], self.ratio[ids]
+                    squares, aspect = self.squares[ids.to(self.squares.device)], self.aspect[ids]
                 else:
                     for other in batches[i + len(ahead): i + 3]:
                         ahead.append(pool.map(self.decode, [self.files[k] for k in other]))
-                    squares, ratio = zip(*ahead.pop(0))
-                    squares, ratio = torch.stack(squares).permute(0, 3, 1, 2), torch.tensor(ratio)
-                yield ids, squares.to(DEVICE).float(), ratio
+                    squares, aspect = zip(*ahead.pop(0))
+                    squares, aspect = torch.stack(squares).permute(0, 3, 1, 2), torch.tensor(aspect)
+                yield ids, squares.to(DEVICE).float(), aspect
                 done += len(ids)
                 if text:
                     show_progress(lambda: f"{text}: {done} of {sum(map(len, batches))} images")
@@ -548,14 +552,14 @@ class Images:
             with Image.open(path) as image:
                 if image.mode.startswith(("I", "F")):
                     raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
-                ratio = image.width / image.height
+                aspect = image.width / image.height
                 image.draft(None, size)                  # decodes a large JPEG at 1/2, 1/4 or 1/8
                 pixels = v2.functional.pil_to_tensor(image.convert("RGB"))
         except Exception as error:                       # Pillow raises many types
             raise ValueError(f"cannot decode {path}: {error}") from None
         # Pillow's order (row, column, channel) stays: to convert it would take 50 % longer.
         square = v2.functional.resize(pixels, size, v2.InterpolationMode.BICUBIC)
-        return square.permute(1, 2, 0), ratio
+        return square.permute(1, 2, 0), aspect
 
     def normalize(self, pixels: Tensor) -> Tensor:
         return (pixels.clamp(0, 255) - self.mean) / self.std     # bicubic interpolation overshoots
@@ -565,13 +569,13 @@ class Images:
         size = [self.args.img_size, self.args.img_size]
         return self.normalize(v2.functional.resize(squares, size, v2.InterpolationMode.BICUBIC))
 
-    def central(self, squares: Tensor, ratio: Tensor) -> Tensor:
+    def central(self, squares: Tensor, aspect: Tensor) -> Tensor:
         """Normalized test images (B, 3, H, H): whole, as usual for CIFAR, or if squares are larger
         than crops the central square with 0.875 of the short side, as usual for ImageNet."""
         if squares.shape[2] <= self.args.img_size:
             return self.whole(squares)
         theta = torch.zeros(len(squares), 2, 3)
-        theta[:, 0, 0], theta[:, 1, 1] = (0.875 * x.clamp(max=1) for x in (1 / ratio, ratio))
+        theta[:, 0, 0], theta[:, 1, 1] = (0.875 * x.clamp(max=1) for x in (1 / aspect, aspect))
         return self.normalize(amt.crop(squares, theta, self.args.img_size, "bicubic"))
 
 def load_data(args) -> tuple[Images, Images]:
@@ -587,7 +591,8 @@ def load_data(args) -> tuple[Images, Images]:
     if "square_size" not in DATASETS[args.dataset]:
         some = train.squares[::1 + train.squares.numel() // 2 ** 28]         # floats: at most 1 GiB
         std, mean = torch.std_mean(some.float(), dim=(0, 2, 3))
-    std, crc = std.clamp_min(1), 0                       # a channel may be constant
+    std = std.clamp_min(1)                               # a channel may be constant
+    crc = 0
     for images in (train, test):
         images.mean, images.std = (x.to(DEVICE)[:, None, None] for x in (mean, std))
         names = [os.path.relpath(file, args.data_path) for file in images.files]
@@ -633,9 +638,9 @@ def image_files(args, split: str, classes: list[str]) -> Images:
     labels, ids = [index[kind] for kind in kinds], torch.arange(len(files)).split(512)
     images = Images(args, labels, list(index), files=files)
     if args.dataset != "imagenet":                       # decode them once
-        squares, ratio = zip(*((squares.byte().cpu(), ratio)
-                               for _, squares, ratio in images.read(ids, f"decoding {split}")))
-        images = Images(args, labels, list(index), torch.cat(squares), torch.cat(ratio))
+        squares, aspect = zip(*((squares.byte().cpu(), aspect)
+                               for _, squares, aspect in images.read(ids, f"decoding {split}")))
+        images = Images(args, labels, list(index), torch.cat(squares), torch.cat(aspect))
     return images
 
 def shapes(args, n: int, seed: int) -> Images:
@@ -658,8 +663,7 @@ def shapes(args, n: int, seed: int) -> Images:
     pattern = torch.stack([(9 * x).sin(), (9 * y).sin(), (12 * radius).sin(),
                            (8 * x).sin() * (8 * y).sin(), (6 * turn).sin()]) > 0
     inside, pattern = inside[outline, torch.arange(n)], pattern[texture, torch.arange(n)]
-    corners = uniform(0, 255, 3, 2, 2)
-    background = F.interpolate(corners, size=32, mode="bilinear", align_corners=True)
+    background = F.interpolate(uniform(0, 255, 3, 2, 2), 32, mode="bilinear", align_corners=True)
     dark, light = uniform(0, 100, 3, 1, 1), uniform(155, 255, 3, 1, 1)
     image = torch.where(inside[:, None], torch.where(pattern[:, None], light, dark), background)
     objects = F.adaptive_avg_pool2d(inside.float(), args.img_size // args.patch_size).to(DEVICE)
@@ -695,17 +699,17 @@ def save_pictures(args, run: Run, images: Images, rank, ratios, epoch: int):
             for label, row in rows.items()}
     seen = {f"where [CLS] looks,\nepoch {k} (white:\nmost)": torch.stack(
         [3 * v, 3 * v - 1, 3 * v - 2], dim=1) for k, v in run.snapshots.items()}
-    for name, rows in [("masking", rows), ("attention", {"images": rows["images"]} | seen)]:
-        pixels = torch.cat([F.interpolate(row.cpu(), size=96) for row in rows.values()]).clamp(0, 1)
+    for name, shown in [("masking", rows), ("attention", {"images": rows["images"]} | seen)]:
+        pixels = torch.cat([F.interpolate(x.cpu(), size=96) for x in shown.values()]).clamp(0, 1)
         grid = F.pad(make_grid(pixels, nrow=len(x), padding=4, pad_value=1.0), (150, 0), value=1.0)
         picture, file = v2.functional.to_pil_image(grid), io.BytesIO()
-        for i, label in enumerate(rows):
+        for i, label in enumerate(shown):
             ImageDraw.Draw(picture).text((6, 100 * i + 30), label, fill="black")
         picture.save(file, "png")
         write(args.out_dir / f"{name}.png", file.getvalue())
 
 # ==== Processes, signals, printed lines, main =====================================================
-SIGNALS = []                                             # the numbers of those that came
+STOPS, SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT), []      # to heed; that came
 SHOWN = {"next": 0.0}                                    # when a line of progress is due
 
 def all_reduce(x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
@@ -781,13 +785,11 @@ def main(argv: list[str] | None = None):
     args = parse_args(argv)
     SIGNALS.clear()
     SHOWN["next"] = time.time() + 5
-    old = {x: signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    old = {number: signal.getsignal(number) for number in STOPS}
     try:
-        for number, handler in old.items():
-            signal.signal(number, handler if handler is signal.SIG_IGN else on_signal)   # nohup
         run_all(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n" * sys.stdout.isatty() + f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
         for number, handler in old.items():
