@@ -588,7 +588,7 @@ def load_weights(vit: ViT, saved: dict):
              if name.startswith(prefixes[0]) and not name.startswith(left_out)}
 
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    D, p = state["patch_embed.proj.weight"].shape[:3:2]
+    D, _, p, _ = state["patch_embed.proj.weight"].shape
     if (depth, D, p) != (len(vit.blocks), vit.embed_dim, vit.patch_size):
         raise ValueError(f"these weights need depth {depth}, embed_dim {D} and patch_size {p}, "
                          f"got {len(vit.blocks)}, {vit.embed_dim} and {vit.patch_size}")
