@@ -1314,7 +1314,6 @@ def test_a_signal_ends_at_once_what_has_no_steps(tmp_path, monkeypatch):
         monkeypatch.setattr(train_cifar, name, lambda *args: found.append(
             signal.getsignal(signal.SIGTERM) is train_cifar.on_signal) or original(*args))
         return found
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)        # another test may have made a Run
     loading, probe = at("load_data"), at("linear_probe")
     run(tmp_path, "--epochs", 0, "--checkpoint", "none")
     run(tmp_path, "--epochs", 1, "--masking", "random")

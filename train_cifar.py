@@ -12,12 +12,12 @@
 Every dataset is a set of whole images, stored as squares. A step takes some of them, draws a random
 crop theta for each, and applies it to the image and to its attention map.
 
-A run writes to --out-dir: encoder.pth (the encoder alone, with timm's names), checkpoint.pth (for
---resume; its "data" has the mean and std of the images and the names of the classes), attention.png
-(where [CLS] looks after each update of the maps), masking.png (what is masked, thrown, predicted)
-and log.csv: seconds of an epoch's steps, map_seconds of new maps, position_share (the fraction of
-the maps' variance that a patch's position explains), probe_cls and probe_mean (test accuracy of
-linear classifiers on [CLS] and on the mean of the patches). Fine-tuning writes finetuned.pth.
+A run writes to --out-dir: encoder.pth (with timm's names), checkpoint.pth (for --resume; its "data"
+has the images' mean and std and the classes), attention.png (where [CLS] looks), masking.png (what
+is masked, thrown, predicted) and log.csv: seconds and images_per_second of an epoch's steps,
+map_seconds of new maps, position_share (the fraction of the maps' variance that a patch's position
+explains), probe_cls and probe_mean (test accuracy of linear classifiers on [CLS] and the mean of
+the patches). Fine-tuning writes finetuned.pth, finetune-checkpoint.pth and finetune-log.csv.
 """
 import argparse
 import difflib
@@ -235,14 +235,14 @@ def new_maps(args, train: "Images", encoder: amt.ViT, epoch: int) -> tuple[Tenso
         maps = all_reduce(amt.dataset_maps(encoder, whole, len(train))).float()
     position_share = maps.mean(dim=0).var() / maps.var()
     torch.manual_seed(seed_of(args.seed, "shuffled", epoch))
-    return reweight(args, maps, train.objects).half(), f"{position_share.item():.4f}"
+    return reweight(args, maps, train).half(), f"{position_share.item():.4f}"
 
-def reweight(args, maps: Tensor, objects: Tensor | None) -> Tensor:
-    """Attention maps (n, h, w), or what --weights takes instead, with the floor of --map-floor."""
+def reweight(args, maps: Tensor, images: "Images", ids=slice(None)) -> Tensor:
+    """The maps (n, h, w) of these images, or what --weights takes instead, with --map-floor."""
     if args.weights == "shuffled":
         maps = maps[torch.randperm(len(maps)).to(maps.device)]
     elif args.weights != "own":
-        maps = torch.ones_like(maps) if args.weights == "uniform" else objects
+        maps = torch.ones_like(maps) if args.weights == "uniform" else images.objects[ids]
     return args.map_floor + (1 - args.map_floor) * maps
 
 def build_model(args, encoder: amt.ViT) -> nn.Module:
@@ -296,9 +296,6 @@ class Run:
         self.parallel = torch.compile(model, dynamic=False) if args.compile else model
         if WORLD_SIZE > 1:
             self.parallel = nn.parallel.DistributedDataParallel(self.parallel)
-        for number in STOPS:                             # before, they end the script as usual
-            if signal.getsignal(number) is not signal.SIG_IGN:           # as under nohup
-                signal.signal(number, on_signal)
 
     def mini_batches(self, epoch: int):
         """Yields this process's mini-batches of the steps that are left of this epoch, as
@@ -430,8 +427,9 @@ def outputs(args, images: "Images", function, shape: tuple, text: str = "") -> T
 def accuracy(logits: Tensor, images: "Images") -> str:
     return f"{100 * (logits.argmax(dim=1) == images.labels).float().mean().item():.2f}"
 
-def linear_probe(args, train: "Images", test: "Images", encoder: amt.ViT) -> dict[str, str]:
-    """The test accuracy of linear classifiers on frozen [CLS] and on the mean of the patches."""
+def linear_probe(args, train: "Images", test: "Images", encoder: amt.ViT,
+                 classify=amt.linear_probe) -> dict[str, str]:
+    """The test accuracy of a linear classifier on frozen [CLS] and on the mean of the patches."""
     def readouts(images: Tensor) -> Tensor:
         tokens = encoder(images)                                             # (B, 1+N, D)
         return torch.stack([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)         # (B, 2, D)
@@ -445,7 +443,7 @@ def linear_probe(args, train: "Images", test: "Images", encoder: amt.ViT) -> dic
     torch.set_float32_matmul_precision("highest")        # TF32 would stop the fit early
     for i, name in enumerate(["probe_cls", "probe_mean"]):
         torch.manual_seed(seed_of(args.seed, "probe"))
-        found[name] = accuracy(amt.linear_probe(x[:, i], train.labels, x_test[:, i]), test)
+        found[name] = accuracy(classify(x[:, i], train.labels, x_test[:, i]), test)
     torch.set_float32_matmul_precision("high")
     return found
 
@@ -682,8 +680,7 @@ def save_pictures(args, run: Run, images: Images, rank, ratios, epoch: int):
     x = images.whole(squares)
     maps = run.snapshots[epoch] = amt.attention_maps(model.encoder, x)
     torch.manual_seed(seed_of(args.seed))
-    objects = images.objects[ids] if args.weights == "object" else None
-    ranking = rank(amt.patchify(reweight(args, maps, objects)[:, None], unit).sum(dim=2))
+    ranking = rank(amt.patchify(reweight(args, maps, images, ids)[:, None], unit).sum(dim=2))
     masked, thrown, visible = amt.mask_and_throw(ranking, *ratios, unit)
     _, pred = model(x, visible=visible, masked=masked)
     if args.method == "mae":                             # it predicts standardized patches
@@ -771,10 +768,13 @@ def run_all(args):
         refuse_other(f"process {rank}", theirs, mine | train.about)
     say(f"{args.dataset}: {len(train)} training and {len(test)} test images, {train.about}\n"
         f"{args.model} on {DEVICE} in {args.precision}, {args.global_batch} images a step")
+    if not (args.epochs or args.finetune_epochs):
+        say(f"linear probe, %: {linear_probe(args, train, test, encoder)}")
+    for number in STOPS:                                 # until here, they end the script as usual
+        if signal.getsignal(number) is not signal.SIG_IGN:               # as under nohup
+            signal.signal(number, on_signal)
     if args.epochs:
         pretrain(args, train, test, encoder)
-    elif not args.finetune_epochs:
-        say(f"linear probe, %: {linear_probe(args, train, test, encoder)}")
     if args.finetune_epochs:
         finetune(args, train, test, encoder)
     say(f"done: {args.out_dir} has {', '.join(sorted(x.name for x in args.out_dir.iterdir()))}")

@@ -25,20 +25,8 @@ def knn(x: Tensor, y: Tensor, x_test: Tensor, k: int = 20, temperature: float = 
         votes.append(((similarity / temperature).exp()[:, :, None] * one_hot[nearest]).sum(dim=1))
     return torch.cat(votes)
 
-@torch.no_grad()
-def main(argv: list[str] | None = None):
-    args = script.parse_args(argv)
-    encoder = script.load_encoder(args).eval()
-    train, test = script.load_data(args)
-
-    def readouts(images: Tensor) -> Tensor:
-        tokens = encoder(images)                                             # (B, 1+N, D)
-        return torch.stack([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)         # (B, 2, D)
-    x, x_test = (script.outputs(args, images, readouts, (2, encoder.embed_dim))
-                 for images in (train, test))                                # (n, 2, D)
-    for i, name in enumerate(["[CLS]", "mean of the patches"]):
-        votes = knn(x[:, i], train.labels, x_test[:, i])
-        print(f"20 nearest neighbors, {name}: {script.accuracy(votes, test)} %")
-
 if __name__ == "__main__":
-    main()
+    args = script.parse_args(None)
+    encoder = script.load_encoder(args)
+    print("20 nearest neighbors, %:",
+          script.linear_probe(args, *script.load_data(args), encoder, classify=knn))
