@@ -1298,7 +1298,8 @@ def test_a_run_that_a_signal_stops_ends_as_an_unbroken_one_once_resumed(
         at_crop(patch, call, lambda: [os.kill(os.getpid(), number) for _ in range(2)])
         run(tmp_path, *ALL_STAGES)
     assert caught.value.code == 128 + number and signal.getsignal(number) == before
-    assert "the same command with --resume continues" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "; --resume continues" in said.out
     assert load(tmp_path / f"{prefix}checkpoint.pth")["step"] == step
     monkeypatch.setattr(train_cifar, "new_maps", lambda *x: made.append(x[3]) or new_maps(*x))
     run(tmp_path, "--resume", *ALL_STAGES)               # in the same process: a notebook
@@ -1315,9 +1316,26 @@ def test_a_signal_ends_at_once_what_has_no_steps(tmp_path, monkeypatch):
             signal.getsignal(signal.SIGTERM) is train_cifar.on_signal) or original(*args))
         return found
     loading, probe = at("load_data"), at("linear_probe")
-    run(tmp_path, "--epochs", 0, "--checkpoint", "none")
-    run(tmp_path, "--epochs", 1, "--masking", "random")
+    run(tmp_path / "a", "--epochs", 0, "--checkpoint", "none")
+    run(tmp_path / "b", "--epochs", 1, "--masking", "random")
     assert (loading, probe) == ([False, False], [False, True])
+
+@pytest.mark.parametrize("call, step", [(1, 4), (6 + 1, 6)])          # of the maps, of the probe
+def test_a_signal_during_maps_or_the_probe_ends_within_a_mini_batch(call, step, finished, tmp_path,
+                                                                    monkeypatch):
+    whole, calls = train_cifar.Images.whole, itertools.count(1)
+
+    def signaled(self, squares):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, squares)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(train_cifar.Images, "whole", signaled)
+        run(tmp_path, *ALL_STAGES)
+    assert caught.value.code == 128 + signal.SIGTERM and next(calls) == call + 1
+    assert load(tmp_path / "checkpoint.pth")["step"] == step
+    run(tmp_path, "--resume", *ALL_STAGES)
+    assert_same(saved(tmp_path), saved(finished))
 
 @pytest.mark.parametrize("where", [b"", b"half a checkpoint"])
 def test_a_run_killed_before_or_while_it_saves_ends_as_an_unbroken_one(where, finished, tmp_path,

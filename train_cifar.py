@@ -6,8 +6,6 @@
     python train_cifar.py --checkpoint out/encoder.pth --epochs 0 \\
         --finetune-epochs 100 --out-dir out-finetuned               # fine-tune an encoder
     torchrun --nproc_per_node=4 train_cifar.py --dataset imagenet --data-path DIR    # 4 GPUs
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-        train_cifar.py --dataset imagenet --data-path DIR           # on each of two nodes
 
 Every dataset is a set of whole images, stored as squares. A step takes some of them, draws a random
 crop theta for each, and applies it to the image and to its attention map.
@@ -216,13 +214,14 @@ def pretrain(args, train: "Images", test: "Images", encoder: amt.ViT):
 
         done, row = epoch + 1, dict(map_seconds="", position_share="", probe_cls="", probe_mean="")
         if use_maps and done in updates:
+            run.save()                                   # because maps and probe may take minutes
             began = time.time()
             run.maps, row["position_share"] = new_maps(args, train, encoder, done)   # Eq. 3 and 4
             row["map_seconds"] = f"{time.time() - began:.2f}"
         if done in updates or done == args.epochs:
             save_pictures(args, run, test if len(test) else train, rank, ratios, done)
         if done == args.epochs or args.probe_every and done % args.probe_every == 0:
-            run.save()                                   # because the probe may take minutes
+            run.save()
             row |= linear_probe(args, train, test, encoder)
         run.end_epoch(row)
 
@@ -325,8 +324,7 @@ class Run:
             number = all_reduce(torch.tensor(max(SIGNALS, default=0)), dist.ReduceOp.MAX).item()
             if number:
                 self.save()
-                say(f"stopped by {signal.Signals(number).name} after step {self.step} of "
-                    f"{self.name}: the same command with --resume continues")
+                say(f"stopped after step {self.step} of {self.name}; --resume continues")
                 sys.exit(128 + number)
         if not all_reduce(self.loss.clone()).isfinite():         # waits for the GPU
             self.save()                                  # refuses to, with an error
@@ -540,6 +538,8 @@ class Images:
                 done += len(ids)
                 if text:
                     show_progress(lambda: f"{text}: {done} of {sum(map(len, batches))} images")
+                    if SIGNALS:                          # saved before; made anew after --resume
+                        sys.exit(128 + SIGNALS[0])
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -719,7 +719,7 @@ def share(n: int) -> Tensor:
 
 def on_signal(number: int, frame):
     with suppress(OSError):                              # the terminal may be gone
-        os.write(2, b"\nfinishing this step, then saving\n" if RANK == 0 and not SIGNALS else b"")
+        os.write(2, b"\nstopping; --resume continues\n" if RANK == 0 and not SIGNALS else b"")
     SIGNALS.append(number)
 
 def say(text: str, end: str = "\n"):
