@@ -69,7 +69,7 @@ def now() -> float:
     return time.perf_counter()
 
 times, began = [], now()                                 # a round: new maps, a step of each row
-while len(times) < 3 or len(times) < 11 and now() - began < 40:
+while len(times) < 6 or len(times) < 11 and now() - began < 40:
     stamps = [now()]
     (ids, squares, _), = images.read([torch.arange(B)])
     with script.autocast(args):
