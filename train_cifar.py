@@ -7,9 +7,6 @@
         --finetune-epochs 100 --out-dir out-finetuned               # fine-tune an encoder
     torchrun --nproc_per_node=4 train_cifar.py --dataset imagenet --data-path DIR    # 4 GPUs
 
-Every dataset is a set of whole images, stored as squares. A step takes some of them, draws a random
-crop theta for each, and applies it to the image and to its attention map.
-
 A run writes to --out-dir: encoder.pth (with timm's names), checkpoint.pth (for --resume; its "data"
 has the images' mean and std and the classes), attention.png (where [CLS] looks), masking.png (what
 is masked, thrown, predicted) and log.csv: seconds and images_per_second of an epoch's steps,
@@ -18,7 +15,6 @@ explains), probe_cls and probe_mean (test accuracy of linear classifiers on [CLS
 the patches). Fine-tuning writes finetuned.pth, finetune-checkpoint.pth and finetune-log.csv.
 """
 import argparse
-import difflib
 import io
 import math
 import os
@@ -52,8 +48,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
 
-# (mask ratio, throw ratio) of random masking and of AMT, the side of a masking unit in patches, and
-# the range of a crop's area as a fraction of the image's. MaskFeat takes SimMIM's ratios for AMT.
+# (mask ratio, throw ratio), the side of a masking unit in patches, the range of a crop's area.
 METHODS = {
     "mae": dict(random=(0.75, 0.0), amt=(0.45, 0.40), unit=1, scale=(0.2, 1)),
     "simmim": dict(random=(0.60, 0.0), amt=(0.44, 0.26), unit=2, scale=(0.67, 1)),
@@ -102,11 +97,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data-path", "data", "directory of the images", metavar="DIR")
     add("--num-images", 2500, "training images of shapes")
     add("--img-size", 32, "side of a crop in pixels")
-    add("--square-size", None, "side in pixels of the squares that files become", type=int)
+    add("--square-size", None, "files become squares of this side (default: %(default)s)", type=int)
     add("--workers", min(16, os.cpu_count() or 1), "threads that decode files")
     group = parser.add_argument_group("model")
     add("--model", "vit_tiny", "size of the encoder", choices=MODELS)
-    add("--depth", None, "blocks of the encoder (default: the model's)", type=int)
+    add("--depth", None, "blocks; None is the model's number (default: %(default)s)", type=int)
     add("--patch-size", 4, "side of a patch in pixels")
     add("--decoder-embed-dim", 192, "width of the MAE decoder, a multiple of 32")
     add("--decoder-depth", 4, "blocks of the MAE decoder")
@@ -145,14 +140,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", False, "use torch.compile")
     group.add_argument("-h", "--help", action="help", help="show this, with the dataset's defaults")
     parser.set_defaults(**DATASETS[dataset])
-    args, unknown = parser.parse_known_args(argv)
-    for flag in unknown:
-        near = difflib.get_close_matches(flag.split("=")[0], parser._option_string_actions, 1)
-        parser.error(f"unknown flag {flag}: " + (f"did you mean {near[0]}?" if near else "see -h"))
+    args = parser.parse_args(argv)
     ratios = METHODS[args.method]["amt" if args.masking == "attention" else "random"]
-    if args.mask_ratio and args.throw_ratio is None and args.mask_ratio + ratios[1] >= 1:
-        parser.error(f"--mask-ratio {args.mask_ratio} leaves no patch visible, as --throw-ratio is "
-                     f"{ratios[1]}: also give --throw-ratio 0")
     tenth = min(max(4, round(args.epochs / 10)), max(1, args.epochs // 2))
     for name, default in dict(mask_ratio=ratios[0], throw_ratio=ratios[1], update_interval=tenth,
                               warmup_epochs=args.epochs // 10).items():
@@ -175,7 +164,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 # ==== Pretraining =================================================================================
 def pretrain(args, train: "Images", test: "Images", encoder: amt.ViT):
     """Pretrains the encoder. Until the first attention maps exist, masking is random."""
-    method, size, use_maps = METHODS[args.method], args.img_size, args.masking in USE_MAPS
+    method, use_maps = METHODS[args.method], args.masking in USE_MAPS
+    size = args.img_size
     model = build_model(args, encoder).to(DEVICE)
     run = Run(args, "pretraining", model, build_optimizer(model), args.blr, args.epochs,
               args.warmup_epochs, train, len(train))
@@ -186,8 +176,6 @@ def pretrain(args, train: "Images", test: "Images", encoder: amt.ViT):
     updates = range(args.update_interval, args.epochs, args.update_interval)
     if use_maps and args.checkpoint not in (None, "none") and run.maps is None:
         run.maps, _ = new_maps(args, train, encoder, 0)  # a trained encoder's maps are of use
-    if use_maps and not updates and run.maps is None:
-        say("one epoch is too short for attention maps: all of it masks at random")
 
     for epoch in range(len(run.log), args.epochs):
         rank, ratios = STRATEGIES[args.masking], (args.mask_ratio, args.throw_ratio)
@@ -212,16 +200,19 @@ def pretrain(args, train: "Images", test: "Images", encoder: amt.ViT):
                 run.optimizer.step()
                 run.optimizer.zero_grad()
 
-        done, row = epoch + 1, dict(map_seconds="", position_share="", probe_cls="", probe_mean="")
-        if use_maps and done in updates:
-            run.save()                                   # because maps and probe may take minutes
+        done = epoch + 1
+        row = dict(map_seconds="", position_share="", probe_cls="", probe_mean="")
+        update = use_maps and done in updates
+        probe = done == args.epochs or (args.probe_every and done % args.probe_every == 0)
+        if update or probe:
+            run.save()                                   # because either may take minutes
+        if update:
             began = time.time()
             run.maps, row["position_share"] = new_maps(args, train, encoder, done)   # Eq. 3 and 4
             row["map_seconds"] = f"{time.time() - began:.2f}"
         if done in updates or done == args.epochs:
             save_pictures(args, run, test if len(test) else train, rank, ratios, done)
-        if done == args.epochs or args.probe_every and done % args.probe_every == 0:
-            run.save()
+        if probe:
             row |= linear_probe(args, train, test, encoder)
         run.end_epoch(row)
 
@@ -313,9 +304,9 @@ class Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(self.step) * group["lr_scale"]
             for i in range(accum):
-                part, last = RANK * accum + i, i + 1 == accum
+                last = i + 1 == accum
                 # Each part of a step has its own seed, so the number of processes may change.
-                torch.manual_seed(seed_of(args.seed, self.name, self.step, part))
+                torch.manual_seed(seed_of(args.seed, self.name, self.step, RANK * accum + i))
                 self.parallel.require_backward_grad_sync = last      # DDP averages in the last only
                 yield *next(batches), last
             self.step += 1
@@ -353,8 +344,8 @@ class Run:
                "images_per_second": f"{speed:.0f}"} | columns
         self.log.append(row)
         say(f"{self.name}: " + ", ".join(f"{k} {v}" for k, v in row.items() if v))
-        lines = [",".join(row) for row in [self.log[0], *(row.values() for row in self.log)]]
-        write(self.args.out_dir / f"{self.prefix}log.csv", "\n".join([*lines, ""]).encode())
+        lines = [",".join(self.log[0])] + [",".join(row.values()) for row in self.log]
+        write(self.args.out_dir / f"{self.prefix}log.csv", ("\n".join(lines) + "\n").encode())
         if len(self.log) % self.args.save_every == 0 or len(self.log) == self.total:
             self.save()
 
@@ -447,8 +438,6 @@ def linear_probe(args, train: "Images", test: "Images", encoder: amt.ViT,
 
 def finetune(args, train: "Images", test: "Images", encoder: amt.ViT):
     """Trains the encoder and a linear layer on [CLS], after the recipe of He et al., 2022."""
-    if len(train.classes) < 2 or not len(test):
-        raise ValueError("--finetune-epochs needs two classes or more, and test images")
     torch.manual_seed(seed_of(args.seed, "finetune"))
     classes, depth = len(train.classes), len(encoder.blocks)
     head = nn.Linear(encoder.embed_dim, classes).to(DEVICE)
@@ -524,24 +513,24 @@ class Images:
         each mini-batch of indices. Threads decode files two mini-batches ahead, as Pillow and
         torch release Python's lock. `text` is shown with the progress."""
         batches = [ids for ids in batches if len(ids)]   # a share may be empty
-        pool, ahead, done = ThreadPoolExecutor(self.args.workers), [], 0
-        try:
+        total, done, ahead = sum(map(len, batches)), 0, []
+        with ThreadPoolExecutor(self.args.workers) as pool:
             for i, ids in enumerate(batches):
                 if self.squares is not None:
-                    squares, aspect = self.squares[ids.to(self.squares.device)], self.aspect[ids]
+                    squares = self.squares[ids.to(self.squares.device)]
+                    aspect = self.aspect[ids]
                 else:
                     for other in batches[i + len(ahead): i + 3]:
                         ahead.append(pool.map(self.decode, [self.files[k] for k in other]))
                     squares, aspect = zip(*ahead.pop(0))
-                    squares, aspect = torch.stack(squares).permute(0, 3, 1, 2), torch.tensor(aspect)
+                    squares = torch.stack(squares).permute(0, 3, 1, 2)
+                    aspect = torch.tensor(aspect)
                 yield ids, squares.to(DEVICE).float(), aspect
                 done += len(ids)
                 if text:
-                    show_progress(lambda: f"{text}: {done} of {sum(map(len, batches))} images")
+                    show_progress(lambda: f"{text}: {done} of {total} images")
                     if SIGNALS:                          # saved before; made anew after --resume
                         sys.exit(128 + SIGNALS[0])
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def decode(self, path: str) -> tuple[Tensor, float]:
         """An image file as a square (S, S, 3) of bytes, and its width / height."""
@@ -573,7 +562,8 @@ class Images:
         if squares.shape[2] <= self.args.img_size:
             return self.whole(squares)
         theta = torch.zeros(len(squares), 2, 3)
-        theta[:, 0, 0], theta[:, 1, 1] = (0.875 * x.clamp(max=1) for x in (1 / aspect, aspect))
+        theta[:, 0, 0] = 0.875 * (1 / aspect).clamp(max=1)
+        theta[:, 1, 1] = 0.875 * aspect.clamp(max=1)
         return self.normalize(amt.crop(squares, theta, self.args.img_size, "bicubic"))
 
 def load_data(args) -> tuple[Images, Images]:
@@ -673,7 +663,12 @@ def save_pictures(args, run: Run, images: Images, rank, ratios, epoch: int):
     """attention.png: the attention of eight images, a row for each update of the attention maps.
     masking.png: the same images, masked and predicted. MaskFeat predicts no pixels."""
     def paint(patches: Tensor, ids: Tensor, colors: Tensor) -> Tensor:
-        return patches.scatter(1, ids[:, :, None].expand(-1, -1, patches.shape[2]), colors)
+        ids = ids[:, :, None].expand(-1, -1, patches.shape[2])
+        return patches.scatter(1, ids, colors.expand_as(ids))
+
+    def color(*rgb: int) -> Tensor:
+        pixel = images.normalize(torch.tensor(rgb, device=DEVICE)[:, None, None])
+        return pixel.flatten().repeat(p * p)             # (p*p*3,), as in a patch
     p, unit, model = args.patch_size, METHODS[args.method]["unit"], run.model.eval()
     ids = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:8]
     (_, squares, _), = images.read([ids])
@@ -686,16 +681,18 @@ def save_pictures(args, run: Run, images: Images, rank, ratios, epoch: int):
     if args.method == "mae":                             # it predicts standardized patches
         true = amt.select(amt.patchify(x, p), masked)
         pred = pred * true.std(dim=2, keepdim=True) + true.mean(dim=2, keepdim=True)
-    gray, red = (images.normalize(torch.tensor(rgb, device=DEVICE)[:, None, None]).flatten().repeat(
-        len(x), (args.img_size // p) ** 2, p * p) for rgb in ([138, 143, 152], [209, 73, 91]))
-    rest = paint(amt.patchify(x, p), thrown, gray)
-    rows = {"images": amt.patchify(x, p), "red: masked\ngray: thrown": paint(rest, masked, red)}
+    patches = amt.patchify(x, p)
+    rest = paint(patches, thrown, color(138, 143, 152))
+    red = paint(rest, masked, color(209, 73, 91))
+    rows = {"images": patches, "red: masked\ngray: thrown": red}
     if args.method != "maskfeat":
         rows["predicted (MAE: with\nthe true mean and\ncontrast)"] = paint(rest, masked, pred)
     rows = {label: (amt.unpatchify(row, p) * images.std + images.mean) / 255
             for label, row in rows.items()}
-    seen = {f"where [CLS] looks,\nepoch {k} (white:\nmost)": torch.stack(
-        [3 * v, 3 * v - 1, 3 * v - 2], dim=1) for k, v in run.snapshots.items()}
+    seen = {}
+    for k, v in run.snapshots.items():                   # from black over red and yellow to white
+        heat = torch.stack([3 * v, 3 * v - 1, 3 * v - 2], dim=1)             # (B, 3, h, w)
+        seen[f"where [CLS] looks,\nepoch {k} (white:\nmost)"] = heat
     for name, shown in [("masking", rows), ("attention", {"images": rows["images"]} | seen)]:
         pixels = torch.cat([F.interpolate(x.cpu(), size=96) for x in shown.values()]).clamp(0, 1)
         grid = F.pad(make_grid(pixels, nrow=len(x), padding=4, pad_value=1.0), (150, 0), value=1.0)
@@ -761,15 +758,17 @@ def run_all(args):
             del saved                                    # its weights are on the device
     encoder = load_encoder(args)
     train, test = load_data(args)
-    everyone = [mine | train.about] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        dist.all_gather_object(everyone, everyone[RANK])
-    for rank, theirs in enumerate(everyone):
-        refuse_other(f"process {rank}", theirs, mine | train.about)
+        everyone = [None] * WORLD_SIZE
+        dist.all_gather_object(everyone, mine | train.about)
+        for rank, theirs in enumerate(everyone):
+            refuse_other(f"process {rank}", theirs, mine | train.about)
     say(f"{args.dataset}: {len(train)} training and {len(test)} test images, {train.about}\n"
         f"{args.model} on {DEVICE} in {args.precision}, {args.global_batch} images a step")
     if not (args.epochs or args.finetune_epochs):
         say(f"linear probe, %: {linear_probe(args, train, test, encoder)}")
+    if args.finetune_epochs and (len(train.classes) < 2 or not len(test)):
+        raise ValueError("--finetune-epochs needs two classes or more, and test images")
     for number in STOPS:                                 # until here, they end the script as usual
         if signal.getsignal(number) is not signal.SIG_IGN:               # as under nohup
             signal.signal(number, on_signal)
