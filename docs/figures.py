@@ -25,14 +25,14 @@ import train_cifar
 MASKED, THROWN, VISIBLE = "#d1495b", "#8a8f98", "#2e7d5b"
 LOGS = {"shapes": "shapes-24-epochs.csv", "cifar10": "cifar10-16-epochs.csv"}
 READOUTS = {"probe_cls": "[CLS]", "probe_mean": "mean of the patches"}
-NAMES = {  # of the runs in docs/logs
-    "random": "random 0.75, nothing thrown", "am": "own map, 0.75",
-    "am-floor": "own map with floor, 0.75", "am-object": "true object with floor, 0.75",
-    "uniform": "random, 0.45 / 0.40", "own": "own map, 0.45 / 0.40 (AMT)",
-    "floor": "own map with floor, 0.45 / 0.40", "object": "true object with floor, 0.45 / 0.40",
-    "teacher": "map of a trained classifier, 0.45 / 0.40",
-    "uniform-85": "random 0.85, nothing thrown", "uniform-45-30": "random, 0.45 / 0.30",
-    "untrained": "untrained"}
+NAMES = {  # of the runs in docs/logs: what ranks the patches, masked / thrown
+    "random": "random, 0.75 / 0 (MAE)", "random-16-epochs": "the same, 16 epochs only",
+    "am": "own attention, 0.75 / 0 (AM)", "am-floor": "own attention with floor, 0.75 / 0",
+    "am-object": "true object with floor, 0.75 / 0", "uniform": "random, 0.45 / 0.40",
+    "own": "own attention, 0.45 / 0.40 (AMT)", "floor": "own attention with floor, 0.45 / 0.40",
+    "object": "true object with floor, 0.45 / 0.40",
+    "teacher": "a classifier's attention, 0.45 / 0.40", "uniform-85": "random, 0.85 / 0",
+    "uniform-45-30": "random, 0.45 / 0.30", "untrained": "untrained"}
 plt.rcParams.update({"font.size": 10, "figure.facecolor": "white", "savefig.dpi": 130})
 
 def load_run(out_dir: str, *flags: str) -> tuple:
