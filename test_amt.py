@@ -726,15 +726,17 @@ def record(monkeypatch):
     patch(amt.SimMIM, "forward", note_forward)
     return steps
 
-def at_crop(monkeypatch, call, action):
-    """Has action() run before that crop of a mini-batch (the first is 1)."""
-    crops, calls = amt.random_crops, itertools.count(1)
+def at_call(monkeypatch, call, action, owner=amt, name="random_crops"):
+    """Has action() run before that call (the first is 1) of a function, by default the one that a
+    mini-batch calls once. Returns a counter, whose next number is 1 + the calls so far."""
+    function, calls = getattr(owner, name), itertools.count(1)
 
     def acting(*args, **kwargs):
         if next(calls) == call:
             action()
-        return crops(*args, **kwargs)
-    monkeypatch.setattr(amt, "random_crops", acting)
+        return function(*args, **kwargs)
+    monkeypatch.setattr(owner, name, acting)
+    return calls
 
 FORKS = multiprocessing.get_context("forkserver")        # forks a process that has imported torch
 FORKS.set_forkserver_preload(["torchvision.datasets", "torchvision.transforms.v2"])
@@ -1293,11 +1295,10 @@ def test_a_run_that_a_signal_stops_ends_as_an_unbroken_one_once_resumed(
         signal.signal(ignored, signal.default_int_handler)
     before, made, new_maps = signal.getsignal(number), [], train_cifar.new_maps
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
-        at_crop(patch, call, lambda: [os.kill(os.getpid(), number) for _ in range(2)])
+        at_call(patch, call, lambda: [os.kill(os.getpid(), number) for _ in range(2)])
         run(tmp_path, *ALL_STAGES)
     assert caught.value.code == 128 + number and signal.getsignal(number) == before
-    said = capsys.readouterr()
-    assert "; --resume continues" in said.out
+    assert "the same command with --resume continues" in capsys.readouterr().out
     assert load(tmp_path / f"{prefix}checkpoint.pth")["step"] == step
     monkeypatch.setattr(train_cifar, "new_maps", lambda *x: made.append(x[3]) or new_maps(*x))
     run(tmp_path, "--resume", *ALL_STAGES)               # in the same process: a notebook
@@ -1314,21 +1315,16 @@ def test_a_signal_ends_at_once_what_has_no_steps(tmp_path, monkeypatch):
             signal.getsignal(signal.SIGTERM) is train_cifar.on_signal) or original(*args))
         return found
     loading, probe = at("load_data"), at("linear_probe")
-    run(tmp_path / "a", "--epochs", 0, "--checkpoint", "none")
-    run(tmp_path / "b", "--epochs", 1, "--masking", "random")
+    run(tmp_path, "--epochs", 0, "--checkpoint", "none")
+    run(tmp_path, "--epochs", 1, "--masking", "random")
     assert (loading, probe) == ([False, False], [False, True])
 
 @pytest.mark.parametrize("call, step", [(1, 4), (6 + 1, 6)])          # of the maps, of the probe
 def test_a_signal_during_maps_or_the_probe_ends_within_a_mini_batch(call, step, finished, tmp_path,
                                                                     monkeypatch):
-    whole, calls = train_cifar.Images.whole, itertools.count(1)
-
-    def signaled(self, squares):
-        if next(calls) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return whole(self, squares)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
-        patch.setattr(train_cifar.Images, "whole", signaled)
+        calls = at_call(patch, call, lambda: os.kill(os.getpid(), signal.SIGTERM),
+                        train_cifar.Images, "whole")
         run(tmp_path, *ALL_STAGES)
     assert caught.value.code == 128 + signal.SIGTERM and next(calls) == call + 1
     assert load(tmp_path / "checkpoint.pth")["step"] == step
@@ -1339,7 +1335,7 @@ def test_a_signal_during_maps_or_the_probe_ends_within_a_mini_batch(call, step, 
 def test_a_run_killed_before_or_while_it_saves_ends_as_an_unbroken_one(where, finished, tmp_path,
                                                                        monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        at_crop(patch, 21, lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+        at_call(patch, 21, lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
         run(tmp_path, *ALL_STAGES)
     (tmp_path / "checkpoint.pth.part").write_bytes(where)
     assert load(tmp_path / "checkpoint.pth")["step"] in (8, 10)

@@ -315,7 +315,8 @@ class Run:
             number = all_reduce(torch.tensor(max(SIGNALS, default=0)), dist.ReduceOp.MAX).item()
             if number:
                 self.save()
-                say(f"stopped after step {self.step} of {self.name}; --resume continues")
+                say(f"stopped after step {self.step} of {self.name}: the same command with "
+                    "--resume continues")
                 sys.exit(128 + number)
         if not all_reduce(self.loss.clone()).isfinite():         # waits for the GPU
             self.save()                                  # refuses to, with an error
@@ -511,7 +512,7 @@ class Images:
     def read(self, batches, text: str = ""):
         """Yields indices (B,), squares (B, 3, S, S), 0 to 255, on the device, and aspects (B,) for
         each mini-batch of indices. Threads decode files two mini-batches ahead, as Pillow and
-        torch release Python's lock. `text` is shown with the progress."""
+        torch release Python's lock. `text` names a pass to show, and to end at a signal."""
         batches = [ids for ids in batches if len(ids)]   # a share may be empty
         total, done, ahead = sum(map(len, batches)), 0, []
         with ThreadPoolExecutor(self.args.workers) as pool:

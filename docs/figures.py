@@ -26,7 +26,7 @@ MASKED, THROWN, VISIBLE = "#d1495b", "#8a8f98", "#2e7d5b"
 LOGS = {"shapes": "shapes-24-epochs.csv", "cifar10": "cifar10-16-epochs.csv"}
 READOUTS = {"probe_cls": "[CLS]", "probe_mean": "mean of the patches"}
 NAMES = {  # of the runs in docs/logs: what ranks the patches, masked / thrown
-    "random": "random, 0.75 / 0 (MAE)", "random-16-epochs": "the same, 16 epochs only",
+    "random": "random, 0.75 / 0 (MAE)", "random-16-epochs": "random, 0.75 / 0, 16 epochs",
     "am": "own attention, 0.75 / 0 (AM)", "am-floor": "own attention with floor, 0.75 / 0",
     "am-object": "true object with floor, 0.75 / 0", "uniform": "random, 0.45 / 0.40",
     "own": "own attention, 0.45 / 0.40 (AMT)", "floor": "own attention with floor, 0.45 / 0.40",
