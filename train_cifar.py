@@ -164,8 +164,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 # ==== Pretraining =================================================================================
 def pretrain(args, train: "Images", test: "Images", encoder: amt.ViT):
     """Pretrains the encoder. Until the first attention maps exist, masking is random."""
-    method, use_maps = METHODS[args.method], args.masking in USE_MAPS
-    size = args.img_size
+    method, size, use_maps = METHODS[args.method], args.img_size, args.masking in USE_MAPS
     model = build_model(args, encoder).to(DEVICE)
     run = Run(args, "pretraining", model, build_optimizer(model), args.blr, args.epochs,
               args.warmup_epochs, train, len(train))
@@ -219,6 +218,8 @@ def pretrain(args, train: "Images", test: "Images", encoder: amt.ViT):
 def new_maps(args, train: "Images", encoder: amt.ViT, epoch: int) -> tuple[Tensor, str]:
     """What patches are ranked by, (n, h, w): the attention maps of all training images, changed as
     --weights says. And the fraction of the maps' variance that the position of a patch explains."""
+    if args.weights in ["uniform", "object"]:            # neither needs attention
+        return reweight(args, torch.ones(len(train), 1, 1, device=DEVICE), train).half(), ""
     batches = train.read(share(len(train)).split(args.batch_size), "attention maps")
     whole = ((ids, train.whole(squares)) for ids, squares, _ in batches)
     with autocast(args):
@@ -690,10 +691,9 @@ def save_pictures(args, run: Run, images: Images, rank, ratios, epoch: int):
         rows["predicted (MAE: with\nthe true mean and\ncontrast)"] = paint(rest, masked, pred)
     rows = {label: (amt.unpatchify(row, p) * images.std + images.mean) / 255
             for label, row in rows.items()}
-    seen = {}
-    for k, v in run.snapshots.items():                   # from black over red and yellow to white
-        heat = torch.stack([3 * v, 3 * v - 1, 3 * v - 2], dim=1)             # (B, 3, h, w)
-        seen[f"where [CLS] looks,\nepoch {k} (white:\nmost)"] = heat
+    # From black over red and yellow to white: (B, 3, h, w).
+    seen = {f"where [CLS] looks,\nepoch {k} (white:\nmost)":
+            torch.stack([3 * v, 3 * v - 1, 3 * v - 2], dim=1) for k, v in run.snapshots.items()}
     for name, shown in [("masking", rows), ("attention", {"images": rows["images"]} | seen)]:
         pixels = torch.cat([F.interpolate(x.cpu(), size=96) for x in shown.values()]).clamp(0, 1)
         grid = F.pad(make_grid(pixels, nrow=len(x), padding=4, pad_value=1.0), (150, 0), value=1.0)
