@@ -21,7 +21,7 @@ Two draws for nine patches, counted row by row, with a third each masked, thrown
     .3  1.  .4    4 3 5 | 7 0 1 | 2 8 6     m  m  m       m  t  m
     0   .2  .1    5 0 3 | 4 1 2 | 7 8 6     .  t  .       .  .  .
 
-Why mask the most attended patches? They tend to lie on the object, which makes them worth
+Why mask the most attended patches? They should lie on the object, which makes them worth
 predicting. Why draw, and not take the top k? That would hide the same patches until the
 maps change and hardly ever show the object, while a draw leaves parts of it visible and
 forgives a rough map. Even the top patch may stay visible or be thrown (draw two).
@@ -119,8 +119,9 @@ def attention_maps(vit: nn.Module | Callable, images: Tensor) -> Tensor:
     a method `cls_attention(images) -> (B, heads, N)`, run in eval mode, or a function,
     run as is."""
     attend = getattr(vit, "cls_attention", vit)
+    # Not vit.eval() and vit.train(): a frozen part may be in eval mode on purpose, and stays so.
     training = [m for m in vit.modules() if m.training] if isinstance(vit, nn.Module) else []
-    for m in training:  # not vit.train() afterwards: a frozen part may be in eval mode on purpose
+    for m in training:
         m.training = False
     try:
         a = attend(images).float()
@@ -132,7 +133,7 @@ def attention_maps(vit: nn.Module | Callable, images: Tensor) -> Tensor:
         raise ValueError(f"attention must be finite, nonnegative and of shape (B, heads, N), "
                          f"got {tuple(a.shape)} from {a.min():.3g} to {a.max():.3g}")
     N, (H, W) = a.shape[2], images.shape[2:]
-    h, w = round(math.sqrt(N * H / W)), round(math.sqrt(N * W / H))
+    h, w = round(math.sqrt(N * H / W)), round(math.sqrt(N * W / H))  # h / w = H / W
     if h * w != N or h * W != w * H:
         raise ValueError(f"N = {N} patches do not fit {H}x{W} images (are prefix tokens, such as "
                          f"[CLS] or registers, among them?)")
@@ -187,9 +188,9 @@ def random_crops(B: int, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3),
 def theta_of(top, left, height, width, flipped: bool, H: int, W: int) -> Tensor:
     """The theta (2, 3) of a crop made elsewhere: a box of an H x W image, as from
     torchvision's RandomResizedCrop.get_params, and whether it was flipped afterwards."""
-    x, y = width / W, height / H
-    return torch.tensor([[-x if flipped else x, 0, 2 * left / W + x - 1],
-                         [0, y, 2 * top / H + y - 1]])
+    w, h = width / W, height / H  # as fractions of the image's sides
+    return torch.tensor([[-w if flipped else w, 0, 2 * left / W + w - 1],
+                         [0, h, 2 * top / H + h - 1]])
 
 def crop(x: Tensor, theta: Tensor, size: int | tuple[int, int], mode: str) -> Tensor:
     """Takes the crops theta (B, 2, 3) of x (B, C, H, W), resized to `size`, a side or a
@@ -215,8 +216,8 @@ def crop_weights(maps: Tensor, theta: Tensor, img_size, patch_size: int) -> Tens
     they are masks of objects, add a floor (0.05), or no visible patch shows any object."""
     if maps.ndim != 3:
         raise ValueError(f"maps must have shape (B, h, w), got {tuple(maps.shape)}")
-    # As in the paper. The authors' code finds a pixel's map cell by dividing by the image
-    # size (224), not by the patch size (16), so every crop reads the top-left cells.
+    # The authors' code instead finds a pixel's map cell by dividing by the image size (224),
+    # not by the patch size (16), so there every crop reads the top-left cells.
     x = F.interpolate(maps.float()[:, None], size=img_size, mode="bilinear", align_corners=False)
     x = crop(x, theta, img_size, "bilinear")   # (B, 1, H, W)
     return patchify(x, patch_size).sum(dim=2)  # P_A: (B, N)
@@ -233,7 +234,8 @@ def sample_patches(weights: Tensor, generator: torch.Generator | None = None) ->
     # Patch i rings first with probability w_i / sum(w), and since exponentials have no
     # memory, the same holds among the patches still waiting. So sorting by ringing time
     # samples without replacement (Efraimidis and Spirakis, 2006; in logs, Gumbel top-k).
-    # We compare logs, as E / w could overflow; log 0 becomes -200, so zeros ring last.
+    # We compare logs, as E / w could overflow; log 0 becomes -200, which is below the log of
+    # any float32, so zeros ring last.
     log_w = weights.float().log().clamp_min(-200)
     E = torch.empty_like(log_w).exponential_(generator=generator)
     return (E.log() - log_w).argsort(dim=1)  # Eq. 5
@@ -264,7 +266,7 @@ def mask_and_throw(ranking: Tensor, mask_ratio: float, throw_ratio: float = 0.0,
         h = square_side(total) * unit
         patches = torch.arange(h * h, device=ranking.device).view(1, 1, h, h)
         patches_of_unit = patchify(patches, unit)[0]               # (N / u^2, u^2)
-        parts = (patches_of_unit[ids].flatten(1) for ids in parts)
+        parts = [patches_of_unit[ids].flatten(1) for ids in parts]
     return tuple(parts)
 
 # ==== 6. Vision transformer =============================================================
@@ -578,14 +580,17 @@ def load_weights(vit: ViT, saved: dict):
     for key in ("model", "state_dict", "teacher"):  # where MAE, MoCo and DINO keep weights
         saved = saved.get(key, saved) if isinstance(saved, dict) else saved
     names = [name for name in saved if isinstance(name, str)] if isinstance(saved, dict) else []
+    # "encoder.pos_embed" tells the prefix "encoder."; MAE's decoder and MoCo's second copy
+    # of the encoder do not count.
     prefixes = [name.removesuffix("pos_embed") for name in names if name.endswith("pos_embed")
                 and "decoder" not in name and "momentum" not in name]
     if len(prefixes) != 1 or prefixes[0] + "patch_embed.proj.weight" not in saved:
         raise ValueError(f"expected one ViT with timm's names (pos_embed, patch_embed.proj.weight "
-                         f"and so on), got {len(prefixes)} tensors called pos_embed")
-    left_out = tuple(prefixes[0] + name for name in ("decoder", "mask_token", "head."))
-    state = {name.removeprefix(prefixes[0]): saved[name] for name in names
-             if name.startswith(prefixes[0]) and not name.startswith(left_out)}
+                         f"and so on), got {', '.join(names)[:100] or 'no names'}")
+    prefix, = prefixes
+    left_out = tuple(prefix + name for name in ("decoder", "mask_token", "head."))
+    state = {name.removeprefix(prefix): saved[name] for name in names
+             if name.startswith(prefix) and not name.startswith(left_out)}
 
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     D, _, p, _ = state["patch_embed.proj.weight"].shape

@@ -82,7 +82,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python train_cifar.py [flags]", allow_abbrev=False, add_help=False)
 
-    def add(flag: str, default, text: str, **kwargs):
+    def add(flag: str, default, text: str, **kwargs):    # to the group that is current
         if default is False:
             kwargs["action"] = "store_true"
         elif default is not None:
@@ -148,10 +148,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, default)
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not value >= (low := name in POSITIVE):
-            parser.error(f"--{name.replace('_', '-')} must be at least {int(low)}, got {value}")
+        if isinstance(value, (int, float)) and not value >= (least := int(name in POSITIVE)):
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if not args.epochs and not args.checkpoint:
-        parser.error("--epochs 0 needs a --checkpoint to probe or to fine-tune, a file or none")
+        parser.error("--epochs 0 needs a --checkpoint: a FILE to probe or fine-tune, or none")
     if args.masking != "attention" and (args.weights != "own" or args.map_floor):
         parser.error(f"--weights and --map-floor need --masking attention, got {args.masking}")
     if args.map_floor > 1:
@@ -169,9 +169,9 @@ def pretrain(args, train: "Images", test: "Images", encoder: amt.ViT):
     run = Run(args, "pretraining", model, build_optimizer(model), args.blr, args.epochs,
               args.warmup_epochs, train, len(train))
     unit_size = method["unit"] * args.patch_size         # side of a masking unit in pixels
-    N = amt.patchify(torch.zeros(1, 1, size, size), unit_size).shape[1]      # units of a crop
+    N = amt.patchify(torch.zeros(1, 1, size, size), unit_size).shape[1]      # units in a crop
     uniform = torch.ones(args.batch_size, N, device=DEVICE)
-    amt.mask_and_throw(uniform, args.mask_ratio, args.throw_ratio)           # bad ratios fail now
+    amt.mask_and_throw(uniform, args.mask_ratio, args.throw_ratio)   # so that bad ratios fail now
     updates = range(args.update_interval, args.epochs, args.update_interval)
     if use_maps and args.checkpoint not in (None, "none") and run.maps is None:
         run.maps, _ = new_maps(args, train, encoder, 0)  # a trained encoder's maps are of use
@@ -296,7 +296,7 @@ class Run:
         torch.manual_seed(seed_of(args.seed, self.name, epoch))
         order = torch.randperm(self.n)[: self.per_epoch * args.global_batch]
         order = order.view(self.per_epoch, WORLD_SIZE, accum, -1)[:, RANK]   # (steps, accum, B)
-        batches = self.train.read(order[self.step - first:].flatten(0, 1))
+        batches = self.train.read(order[self.step - first:].flatten(0, 1))   # of the steps left
         if self.step == first:
             self.loss.zero_()
             self.seconds = 0.0
@@ -313,14 +313,14 @@ class Run:
             self.step += 1
             self.seconds = time.time() - began
             show_progress(lambda: self.progress(epoch))
-            number = all_reduce(torch.tensor(max(SIGNALS, default=0)), dist.ReduceOp.MAX).item()
-            if number:
+            received = all_reduce(torch.tensor(max(SIGNALS, default=0)), dist.ReduceOp.MAX).item()
+            if received:
                 self.save()
                 say(f"stopped after step {self.step} of {self.name}: the same command with "
                     "--resume continues")
-                sys.exit(128 + number)
+                sys.exit(128 + received)
         if not all_reduce(self.loss.clone()).isfinite():         # waits for the GPU
-            self.save()                                  # refuses to, with an error
+            self.save()                                  # raises the error, so nothing is saved
         self.seconds = time.time() - began
 
     def learning_rate(self, step: int) -> float:
@@ -355,7 +355,7 @@ class Run:
         loss = all_reduce(self.loss.clone()) / WORLD_SIZE
         if not all(x.isfinite().all() for x in [loss, *self.model.parameters()]):
             raise ValueError(f"the loss or a weight is not finite after step {self.step} of "
-                             f"{self.name}; nothing was saved. Start anew with a lower --blr")
+                             f"{self.name}, so nothing was saved: try a lower --{self.prefix}blr")
         if self.name == "pretraining":
             state = self.model.encoder.state_dict()
             write(self.args.out_dir / "encoder.pth", {name: p.cpu() for name, p in state.items()})
@@ -375,7 +375,7 @@ def refuse_other(what: Path | str, theirs: dict, mine: dict):
     differ = [f"{name} {theirs.get(name)} (here {value})" for name, value in mine.items()
               if theirs.get(name) != value]
     if differ:
-        raise ValueError(f"{what} has other flags or images: {', '.join(differ)}")
+        raise ValueError(f"{what} has other flags or images: {', '.join(differ)[:500]}")
 
 def load_file(path: Path | str) -> dict:
     """Loads a file of torch.save after verifying its checksums, which torch does not."""
@@ -447,10 +447,10 @@ def finetune(args, train: "Images", test: "Images", encoder: amt.ViT):
     nn.init.zeros_(head.bias)
     model = nn.Sequential(OrderedDict(encoder=encoder, head=head))
     encoder.register_forward_hook(lambda module, inputs, tokens: tokens[:, 0])   # head sees [CLS]
-    for i, block in enumerate(encoder.blocks):           # drop path, rising to 0.1 in the last one
+    for rate, block in zip(torch.linspace(0, 0.1, depth).tolist(), encoder.blocks):   # drop path
         for branch in (block.attn, block.mlp):
-            branch.register_forward_hook(lambda module, inputs, y, p=0.1 * i / max(depth - 1, 1):
-                                         stochastic_depth(y, p, "row", module.training))
+            branch.register_forward_hook(lambda module, inputs, y, rate=rate:
+                                         stochastic_depth(y, rate, "row", module.training))
     decay = 0.75 if args.epochs or args.checkpoint != "none" else 1.0        # layer-wise
 
     def lr_scale(name: str) -> float:
@@ -578,7 +578,7 @@ def load_data(args) -> tuple[Images, Images]:
         train = image_files(args, "train", [])
         test = image_files(args, "val", train.classes)
     mean, std = 255 * torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
-    if "square_size" not in DATASETS[args.dataset]:
+    if args.dataset == "shapes" or args.dataset in DOWNLOADS:
         some = train.squares[::1 + train.squares.numel() // 2 ** 28]         # floats: at most 1 GiB
         std, mean = torch.std_mean(some.float(), dim=(0, 2, 3))
     std = std.clamp_min(1)                               # a channel may be constant
@@ -673,7 +673,7 @@ def save_pictures(args, run: Run, images: Images, rank, ratios, epoch: int):
         return pixel.flatten().repeat(p * p)             # (p*p*3,), as in a patch
     p, unit, model = args.patch_size, METHODS[args.method]["unit"], run.model.eval()
     ids = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:8]
-    (_, squares, _), = images.read([ids])
+    _, squares, _ = next(images.read([ids]))
     x = images.whole(squares)
     maps = run.snapshots[epoch] = amt.attention_maps(model.encoder, x)
     torch.manual_seed(seed_of(args.seed))
@@ -685,14 +685,12 @@ def save_pictures(args, run: Run, images: Images, rank, ratios, epoch: int):
         pred = pred * true.std(dim=2, keepdim=True) + true.mean(dim=2, keepdim=True)
     patches = amt.patchify(x, p)
     rest = paint(patches, thrown, color(138, 143, 152))
-    red = paint(rest, masked, color(209, 73, 91))
-    rows = {"images": patches, "red: masked\ngray: thrown": red}
+    rows = {"images": patches, "red: masked\ngray: thrown": paint(rest, masked, color(209, 73, 91))}
     if args.method != "maskfeat":
         rows["predicted (MAE: with\nthe true mean and\ncontrast)"] = paint(rest, masked, pred)
     rows = {label: (amt.unpatchify(row, p) * images.std + images.mean) / 255
             for label, row in rows.items()}
-    # From black over red and yellow to white: (B, 3, h, w).
-    seen = {f"where [CLS] looks,\nepoch {k} (white:\nmost)":
+    seen = {f"where [CLS] looks,\nepoch {k} (white:\nmost)":     # black, red, yellow, white
             torch.stack([3 * v, 3 * v - 1, 3 * v - 2], dim=1) for k, v in run.snapshots.items()}
     for name, shown in [("masking", rows), ("attention", {"images": rows["images"]} | seen)]:
         pixels = torch.cat([F.interpolate(x.cpu(), size=96) for x in shown.values()]).clamp(0, 1)
@@ -704,7 +702,7 @@ def save_pictures(args, run: Run, images: Images, rank, ratios, epoch: int):
         write(args.out_dir / f"{name}.png", file.getvalue())
 
 # ==== Processes, signals, printed lines, main =====================================================
-STOPS, SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT), []      # to heed; that came
+STOPS, SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT), []      # handled; received
 SHOWN = {"next": 0.0}                                    # when a line of progress is due
 
 def all_reduce(x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
@@ -746,7 +744,7 @@ def run_all(args):
     args.out_dir.mkdir(parents=True, exist_ok=True)
     if args.checkpoint not in (None, "none"):
         args.checkpoint_crc = f"{zlib.crc32(Path(args.checkpoint).read_bytes()):08x}"
-    mine = {f"--{name}": str(value) for name, value in vars(args).items()
+    mine = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items()
             if name not in ("data_path", "workers")}
     for stage, path in [("pretraining", args.out_dir / "checkpoint.pth"),
                         ("finetune", args.out_dir / "finetune-checkpoint.pth")]:
@@ -764,12 +762,14 @@ def run_all(args):
         dist.all_gather_object(everyone, mine | train.about)
         for rank, theirs in enumerate(everyone):
             refuse_other(f"process {rank}", theirs, mine | train.about)
-    say(f"{args.dataset}: {len(train)} training and {len(test)} test images, {train.about}\n"
+    say(f"{args.dataset}: {len(train)} training, {len(test)} test images, {train.about['images']}\n"
         f"{args.model} on {DEVICE} in {args.precision}, {args.global_batch} images a step")
     if not (args.epochs or args.finetune_epochs):
         say(f"linear probe, %: {linear_probe(args, train, test, encoder)}")
-    if args.finetune_epochs and (len(train.classes) < 2 or not len(test)):
-        raise ValueError("--finetune-epochs needs two classes or more, and test images")
+    if args.finetune_epochs and (len(train.classes) < 2 or not len(test)
+                                 or len(train.labels) < args.global_batch):
+        raise ValueError(f"--finetune-epochs needs two classes or more, test images, and a label "
+                         f"for as many images as a step takes, {args.global_batch}")
     for number in STOPS:                                 # until here, they end the script as usual
         if signal.getsignal(number) is not signal.SIG_IGN:               # as under nohup
             signal.signal(number, on_signal)
