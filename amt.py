@@ -633,10 +633,13 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor) -> Tensor:
                                       tolerance_change=1e-8, line_search_fn="strong_wolfe")
         optimizer.step(objective)
 
-    penalty, losses = 1.0, [math.inf, 1e9]
-    while losses[-1] < losses[-2] and penalty > 1e-6:
-        penalty /= 10 ** 0.5
+    best, best_penalty = math.inf, 1.0
+    for k in range(1, 14):  # penalties from 0.32 down to 3.2e-7
+        penalty = 10 ** (-k / 2)
         fit(x[used], y[used], penalty)
-        losses.append(F.cross_entropy(head(x[held_out]), y[held_out]).item())
-    fit(x, y, penalty if losses[-1] < losses[-2] else penalty * 10 ** 0.5)
+        loss = F.cross_entropy(head(x[held_out]), y[held_out]).item()
+        if not loss < best:
+            break
+        best, best_penalty = loss, penalty
+    fit(x, y, best_penalty)
     return head(x_test).detach()
