@@ -1382,7 +1382,7 @@ def test_nothing_is_saved_that_is_not_finite(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(amt.MAE, "forward", spoiled)
     said = error(capsys, tmp_path, "--save-every", 1)
-    assert "not finite after step 6" in said and said.endswith("try a lower --blr")
+    assert "not finite after step 6" in said and said.endswith("Start anew with a lower --blr")
     state = load(tmp_path / "checkpoint.pth")
     assert state["step"] == 4 and all(p.isfinite().all() for p in state["model"].values())
     assert all(p.isfinite().all() for p in load(tmp_path / "encoder.pth").values())

@@ -151,7 +151,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if isinstance(value, (int, float)) and not value >= (least := int(name in POSITIVE)):
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if not args.epochs and not args.checkpoint:
-        parser.error("--epochs 0 needs a --checkpoint: a FILE to probe or fine-tune, or none")
+        parser.error("--epochs 0 needs a --checkpoint: a FILE to probe or fine-tune, or 'none'")
     if args.masking != "attention" and (args.weights != "own" or args.map_floor):
         parser.error(f"--weights and --map-floor need --masking attention, got {args.masking}")
     if args.map_floor > 1:
@@ -355,7 +355,7 @@ class Run:
         loss = all_reduce(self.loss.clone()) / WORLD_SIZE
         if not all(x.isfinite().all() for x in [loss, *self.model.parameters()]):
             raise ValueError(f"the loss or a weight is not finite after step {self.step} of "
-                             f"{self.name}, so nothing was saved: try a lower --{self.prefix}blr")
+                             f"{self.name}; not saved. Start anew with a lower --{self.prefix}blr")
         if self.name == "pretraining":
             state = self.model.encoder.state_dict()
             write(self.args.out_dir / "encoder.pth", {name: p.cpu() for name, p in state.items()})
