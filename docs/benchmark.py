@@ -1,4 +1,5 @@
-"""Prints the time and the GFLOP of a training step: random masking against AMT's ratios.
+"""Prints the time, the GFLOP and, on a GPU, the peak memory of a training step: random masking
+against AMT's ratios.
 
     python docs/benchmark.py --precision bf16
     python docs/benchmark.py --precision bf16 --dataset imagenet --method simmim --batch-size 16
@@ -68,7 +69,7 @@ def now() -> float:
         torch.cuda.synchronize()
     return time.perf_counter()
 
-times, began = [], now()                                 # a round: new maps, a step of each row
+times, peaks, began = [], {}, now()                      # a round: new maps, a step of each row
 while len(times) < 6 or len(times) < 11 and now() - began < 40:
     stamps = [now()]
     (ids, squares, _), = images.read([torch.arange(B)])
@@ -76,8 +77,12 @@ while len(times) < 6 or len(times) < 11 and now() - began < 40:
         maps = amt.dataset_maps(model.encoder, [(ids, images.whole(squares))], B)
     stamps.append(now())
     for row in rows:
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         step(*row)
         stamps.append(now())
+        if DEVICE.type == "cuda":
+            peaks[row] = f"{torch.cuda.max_memory_allocated() / 2 ** 30:9.2f} GiB"
     times.append([b - a for a, b in zip(stamps, stamps[1:])])
 # The first round allocates and compiles, so it is left out.
 update_seconds, *seconds = [statistics.median(column) for column in zip(*times[1:])]
@@ -86,7 +91,8 @@ chip = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
 print(f"{args.method}, {args.model}, {size} pixels, patches of {args.patch_size}, batch {B}, "
       f"{args.precision}, {chip}, torch {torch.__version__}, medians of {len(times) - 1} rounds\n"
       f"masking    mask throw       step   images/s GFLOP/image  time GFLOP (of random's)")
-for (masking, ratios), s, count in zip(rows, seconds, counts):
-    print(f"{masking:9}{ratios[0]:6.2f}{ratios[1]:6.2f}{1e3 * s:8.1f} ms{B / s:11,.1f}"
-          f"{count:12.3f}{s / seconds[0]:6.2f}{count / counts[0]:6.2f}")
+for row, s, count in zip(rows, seconds, counts):
+    masking, ratios = row
+    print(f"{masking:9}{ratios[0]:6.2f}{ratios[1]:6.2f}{1e3 * s:8.1f} ms{B / s:11,.1f}{count:12.3f}"
+          f"{s / seconds[0]:6.2f}{count / counts[0]:6.2f}{peaks.get(row, '')}")
 print(f"update of the attention maps: {B / update_seconds:,.1f} images/s")
