@@ -1235,8 +1235,8 @@ def test_tiny_imagenet_has_its_own_validation_labels(tmp_path):
 
 class Fake:
     """A download of torchvision: 40 images to train on, of which 17 have labels, and 4 to test."""
-    pixels, base_folder, classes = np.zeros((40, 32, 32, 3), np.uint8), "fake", list("abc")
-    pixels[:, :, :, :2] = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 2))   # blue is 0
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+    base_folder, classes = "fake", list("abc")
 
     def __init__(self, root, train=True, split="train+unlabeled", download=False):
         n = 4 if split == "test" or not train else 40
@@ -1399,7 +1399,8 @@ def test_a_run_with_other_settings_or_images_is_refused_before_anything_is_loade
     with monkeypatch.context() as patch:
         patch.setattr(train_cifar, "load_data", no_data)
         for flag, value in [("epochs", 8), ("seed", 1), ("weights", "uniform"), ("depth", 2),
-                            ("batch_size", 8), ("finetune_blr", 1.0), ("precision", "bf16")]:
+                            ("batch_size", 8), ("finetune_blr", 1.0), ("precision", "bf16"),
+                            ("checkpoint", "none")]:
             other = [f"--{flag.replace('_', '-')}", value]
             said = error(capsys, finished, "--resume", *ALL_STAGES, *other)
             assert f"{flag} " in said and f"(here {value})" in said

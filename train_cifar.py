@@ -15,7 +15,6 @@ explains), probe_cls and probe_mean (test accuracy of linear classifiers on [CLS
 the patches). Fine-tuning writes finetuned.pth, finetune-checkpoint.pth and finetune-log.csv.
 """
 import argparse
-import io
 import math
 import os
 import random
@@ -148,7 +147,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, default)
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not value >= (least := int(name in POSITIVE)):
+        least = 1 if name in POSITIVE else 0
+        if isinstance(value, (int, float)) and not value >= least:           # nor may it be nan
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if not args.epochs and not args.checkpoint:
         parser.error("--epochs 0 needs a --checkpoint: a FILE to probe or fine-tune, or 'none'")
@@ -177,9 +177,9 @@ def pretrain(args, train: "Images", test: "Images", encoder: amt.ViT):
         run.maps, _ = new_maps(args, train, encoder, 0)  # a trained encoder's maps are of use
 
     for epoch in range(len(run.log), args.epochs):
-        rank, ratios = STRATEGIES[args.masking], (args.mask_ratio, args.throw_ratio)
+        rank_patches, ratios = STRATEGIES[args.masking], (args.mask_ratio, args.throw_ratio)
         if use_maps and run.maps is None:
-            rank, ratios = amt.random_ranking, method["random"]
+            rank_patches, ratios = amt.random_ranking, method["random"]
         model.train()
         for ids, squares, aspect, last in run.mini_batches(epoch):            # (B,), (B, 3, S, S)
             # The same theta cuts the images and their attention maps.
@@ -188,7 +188,7 @@ def pretrain(args, train: "Images", test: "Images", encoder: amt.ViT):
             weights = uniform                                                # (B, N)
             if run.maps is not None:                                         # (n, h, w)
                 weights = amt.crop_weights(run.maps[ids], theta, size, unit_size)
-            ranking = rank(weights)                                          # Eq. 5
+            ranking = rank_patches(weights)                                  # Eq. 5
             masked, _, visible = amt.mask_and_throw(ranking, *ratios, method["unit"])    # Eq. 6
             with autocast(args):
                 loss, _ = run.parallel(images, visible=visible, masked=masked)           # Eq. 2
@@ -209,8 +209,8 @@ def pretrain(args, train: "Images", test: "Images", encoder: amt.ViT):
             began = time.time()
             run.maps, row["position_share"] = new_maps(args, train, encoder, done)   # Eq. 3 and 4
             row["map_seconds"] = f"{time.time() - began:.2f}"
-        if done in updates or done == args.epochs:
-            save_pictures(args, run, test if len(test) else train, rank, ratios, done)
+        if RANK == 0 and (done in updates or done == args.epochs):
+            save_pictures(args, run, test if len(test) else train, rank_patches, ratios, done)
         if probe:
             row |= linear_probe(args, train, test, encoder)
         run.end_epoch(row)
@@ -264,7 +264,8 @@ class Run:
     def __init__(self, args, name: str, model: nn.Module, optimizer, blr: float, epochs: int,
                  warmup: int, train: "Images", n: int):
         self.args, self.name, self.model, self.optimizer = args, name, model, optimizer
-        self.lr, self.total, self.warmup = blr * args.global_batch / 256, epochs, warmup
+        self.peak_lr = blr * args.global_batch / 256
+        self.epochs, self.warmup = epochs, warmup
         self.train, self.n = train, n                    # it trains on the first n images
         self.per_epoch = n // args.global_batch          # steps
         if not self.per_epoch:
@@ -283,7 +284,6 @@ class Run:
             say(f"{name} resumes after step {self.step} from {self.path}")
         elif args.resume:
             say(f"{self.path} does not exist yet: {name} starts from the beginning")
-        self.began, self.first = time.time(), self.step  # to estimate the time that is left
         self.parallel = torch.compile(model, dynamic=False) if args.compile else model
         if WORLD_SIZE > 1:
             self.parallel = nn.parallel.DistributedDataParallel(self.parallel)
@@ -295,11 +295,9 @@ class Run:
         args, accum, first = self.args, self.args.accum_steps, epoch * self.per_epoch
         torch.manual_seed(seed_of(args.seed, self.name, epoch))
         order = torch.randperm(self.n)[: self.per_epoch * args.global_batch]
-        order = order.view(self.per_epoch, WORLD_SIZE, accum, -1)[:, RANK]   # (steps, accum, B)
-        batches = self.train.read(order[self.step - first:].flatten(0, 1))   # of the steps left
-        if self.step == first:
-            self.loss.zero_()
-            self.seconds = 0.0
+        order = order.view(self.per_epoch, WORLD_SIZE, accum, args.batch_size)
+        mine = order[self.step - first:, RANK]           # (steps that are left, accum, B)
+        batches = self.train.read(mine.flatten(0, 1))
         began = time.time() - self.seconds
         while self.step < first + self.per_epoch:
             for group in self.optimizer.param_groups:
@@ -309,16 +307,18 @@ class Run:
                 # Each part of a step has its own seed, so the number of processes may change.
                 torch.manual_seed(seed_of(args.seed, self.name, self.step, RANK * accum + i))
                 self.parallel.require_backward_grad_sync = last      # DDP averages in the last only
-                yield *next(batches), last
+                ids, squares, aspect = next(batches)
+                yield ids, squares, aspect, last
             self.step += 1
             self.seconds = time.time() - began
             show_progress(lambda: self.progress(epoch))
-            received = all_reduce(torch.tensor(max(SIGNALS, default=0)), dist.ReduceOp.MAX).item()
+            # One process's signal stops all of them.
+            received = all_reduce(torch.tensor(max(SIGNALS, default=0)), dist.ReduceOp.MAX)
             if received:
                 self.save()
                 say(f"stopped after step {self.step} of {self.name}: the same command with "
                     "--resume continues")
-                sys.exit(128 + received)
+                sys.exit(128 + received.item())
         if not all_reduce(self.loss.clone()).isfinite():         # waits for the GPU
             self.save()                                  # raises the error, so nothing is saved
         self.seconds = time.time() - began
@@ -327,13 +327,14 @@ class Run:
         """Linear warm-up, then half a cosine to 0."""
         epoch, warmup = step / self.per_epoch, self.warmup
         if epoch < warmup:
-            return self.lr * epoch / warmup
-        return self.lr * (0.5 + 0.5 * math.cos(math.pi * (epoch - warmup) / (self.total - warmup)))
+            return self.peak_lr * epoch / warmup
+        progress = (epoch - warmup) / (self.epochs - warmup)
+        return self.peak_lr * (0.5 + 0.5 * math.cos(math.pi * progress))
 
     def progress(self, epoch: int) -> str:
-        done, left = self.step - epoch * self.per_epoch, self.total * self.per_epoch - self.step
-        left *= (time.time() - self.began) / (self.step - self.first)        # seconds
-        return (f"{self.name} {epoch + 1}/{self.total}, step {done}/{self.per_epoch}, loss "
+        done = self.step - epoch * self.per_epoch        # steps of this epoch, in self.seconds
+        left = (self.epochs * self.per_epoch - self.step) * self.seconds / done
+        return (f"{self.name} {epoch + 1}/{self.epochs}, step {done}/{self.per_epoch}, loss "
                 f"{self.loss.item() / done:.3f}, {timedelta(seconds=round(left))} left, "
                 f"{done * self.args.global_batch / self.seconds:.0f} images/s")
 
@@ -348,7 +349,9 @@ class Run:
         say(f"{self.name}: " + ", ".join(f"{k} {v}" for k, v in row.items() if v))
         lines = [",".join(self.log[0])] + [",".join(row.values()) for row in self.log]
         write(self.args.out_dir / f"{self.prefix}log.csv", ("\n".join(lines) + "\n").encode())
-        if len(self.log) % self.args.save_every == 0 or len(self.log) == self.total:
+        self.loss.zero_()
+        self.seconds = 0.0
+        if len(self.log) % self.args.save_every == 0 or len(self.log) == self.epochs:
             self.save()
 
     def save(self):
@@ -366,9 +369,9 @@ class Run:
 
 def settings(args, stage: str) -> dict[str, str]:
     """The flags that a resumed run must share with its checkpoint."""
-    free = ["data_path", "workers", "resume", "out_dir", "save_every", "accum_steps", "compile",
-            "probe_every", "checkpoint"]                 # but not its checksum
-    return {k: str(v) for k, v in vars(args).items() if k not in free
+    may_differ = ["data_path", "workers", "resume", "out_dir", "save_every", "accum_steps",
+                  "compile", "probe_every"]
+    return {k: str(v) for k, v in vars(args).items() if k not in may_differ
             and (stage == "finetune" or not k.startswith("finetune"))}
 
 def refuse_other(what: Path | str, theirs: dict, mine: dict):
@@ -408,7 +411,7 @@ def seed_of(*key) -> int:
 # ==== Linear probe and fine-tuning ================================================================
 @torch.no_grad()
 def outputs(args, images: "Images", function, shape: tuple, text: str = "") -> Tensor:
-    """function(test images (B, 3, H, H)) of all images with labels: (n, *shape)."""
+    """function(central crops (B, 3, H, H)) of all images with labels: (n, *shape)."""
     result = torch.zeros(len(images.labels), *shape, device=DEVICE)
     for ids, squares, aspect in images.read(share(len(result)).split(args.batch_size), text):
         with autocast(args):
@@ -428,15 +431,16 @@ def linear_probe(args, train: "Images", test: "Images", encoder: amt.ViT,
         say("no linear probe, because there is one class or no test image")
         return {}
     encoder.eval()
-    x, x_test = (outputs(args, images, readouts, (2, encoder.embed_dim), "features of the probe")
-                 for images in (train, test))                                # (n, 2, D)
-    found = {}
+    shape, text = (2, encoder.embed_dim), "features of the probe"
+    x = outputs(args, train, readouts, shape, text)                          # (n, 2, D)
+    x_test = outputs(args, test, readouts, shape, text)
+    accuracies = {}
     torch.set_float32_matmul_precision("highest")        # TF32 would stop the fit early
     for i, name in enumerate(["probe_cls", "probe_mean"]):
         torch.manual_seed(seed_of(args.seed, "probe"))
-        found[name] = accuracy(classify(x[:, i], train.labels, x_test[:, i]), test)
+        accuracies[name] = accuracy(classify(x[:, i], train.labels, x_test[:, i]), test)
     torch.set_float32_matmul_precision("high")
-    return found
+    return accuracies
 
 def finetune(args, train: "Images", test: "Images", encoder: amt.ViT):
     """Trains the encoder and a linear layer on [CLS], after the recipe of He et al., 2022."""
@@ -447,10 +451,11 @@ def finetune(args, train: "Images", test: "Images", encoder: amt.ViT):
     nn.init.zeros_(head.bias)
     model = nn.Sequential(OrderedDict(encoder=encoder, head=head))
     encoder.register_forward_hook(lambda module, inputs, tokens: tokens[:, 0])   # head sees [CLS]
-    for rate, block in zip(torch.linspace(0, 0.1, depth).tolist(), encoder.blocks):   # drop path
-        for branch in (block.attn, block.mlp):
-            branch.register_forward_hook(lambda module, inputs, y, rate=rate:
-                                         stochastic_depth(y, rate, "row", module.training))
+    for rate, block in zip(torch.linspace(0, 0.1, depth).tolist(), encoder.blocks):
+        def drop_path(module, inputs, y, rate=rate):     # what a hook returns replaces y
+            return stochastic_depth(y, rate, "row", module.training)
+        block.attn.register_forward_hook(drop_path)
+        block.mlp.register_forward_hook(drop_path)
     decay = 0.75 if args.epochs or args.checkpoint != "none" else 1.0        # layer-wise
 
     def lr_scale(name: str) -> float:
@@ -515,7 +520,7 @@ class Images:
         each mini-batch of indices. Threads decode files two mini-batches ahead, as Pillow and
         torch release Python's lock. `text` names a pass to show, and to end at a signal."""
         batches = [ids for ids in batches if len(ids)]   # a share may be empty
-        total, done, ahead = sum(map(len, batches)), 0, []
+        ahead = []
         with ThreadPoolExecutor(self.args.workers) as pool:
             for i, ids in enumerate(batches):
                 if self.squares is not None:
@@ -528,10 +533,9 @@ class Images:
                     squares = torch.stack(squares).permute(0, 3, 1, 2)
                     aspect = torch.tensor(aspect)
                 yield ids, squares.to(DEVICE).float(), aspect
-                done += len(ids)
                 if text:
-                    show_progress(lambda: f"{text}: {done} of {total} images")
-                    if SIGNALS:                          # saved before; made anew after --resume
+                    show_progress(lambda: f"{text}: {i + 1} of {len(batches)} mini-batches")
+                    if SIGNALS:              # training was saved before; --resume repeats this pass
                         sys.exit(128 + SIGNALS[0])
 
     def decode(self, path: str) -> tuple[Tensor, float]:
@@ -546,7 +550,7 @@ class Images:
                 pixels = v2.functional.pil_to_tensor(image.convert("RGB"))
         except Exception as error:                       # Pillow raises many types
             raise ValueError(f"cannot decode {path}: {error}") from None
-        # Pillow's order (row, column, channel) stays: to convert it would take 50 % longer.
+        # A view: to bring the bytes from Pillow's order into torch's would take 50 % longer.
         square = v2.functional.resize(pixels, size, v2.InterpolationMode.BICUBIC)
         return square.permute(1, 2, 0), aspect
 
@@ -581,7 +585,6 @@ def load_data(args) -> tuple[Images, Images]:
     if args.dataset == "shapes" or args.dataset in DOWNLOADS:
         some = train.squares[::1 + train.squares.numel() // 2 ** 28]         # floats: at most 1 GiB
         std, mean = torch.std_mean(some.float(), dim=(0, 2, 3))
-    std = std.clamp_min(1)                               # a channel may be constant
     crc = 0
     for images in (train, test):
         images.mean, images.std = (x.to(DEVICE)[:, None, None] for x in (mean, std))
@@ -606,8 +609,6 @@ def download(args) -> list[Images]:
                          f"download it: {error}") from None
     for i, x in enumerate(found):
         squares = torch.from_numpy(x.data if kind is STL10 else x.data.transpose(0, 3, 1, 2).copy())
-        if squares.shape[2] > args.img_size:
-            squares = v2.functional.resize(squares, [args.img_size, args.img_size])
         labels = x.labels.tolist() if kind is STL10 else x.targets
         found[i] = Images(args, [label for label in labels if label >= 0], x.classes, squares)
     return found
@@ -661,13 +662,9 @@ def shapes(args, n: int, seed: int) -> Images:
 
 # ==== Pictures ====================================================================================
 @torch.no_grad()
-def save_pictures(args, run: Run, images: Images, rank, ratios, epoch: int):
+def save_pictures(args, run: Run, images: Images, rank_patches, ratios, epoch: int):
     """attention.png: the attention of eight images, a row for each update of the attention maps.
     masking.png: the same images, masked and predicted. MaskFeat predicts no pixels."""
-    def paint(patches: Tensor, ids: Tensor, colors: Tensor) -> Tensor:
-        ids = ids[:, :, None].expand(-1, -1, patches.shape[2])
-        return patches.scatter(1, ids, colors.expand_as(ids))
-
     def color(*rgb: int) -> Tensor:
         pixel = images.normalize(torch.tensor(rgb, device=DEVICE)[:, None, None])
         return pixel.flatten().repeat(p * p)             # (p*p*3,), as in a patch
@@ -677,29 +674,34 @@ def save_pictures(args, run: Run, images: Images, rank, ratios, epoch: int):
     x = images.whole(squares)
     maps = run.snapshots[epoch] = amt.attention_maps(model.encoder, x)
     torch.manual_seed(seed_of(args.seed))
-    ranking = rank(amt.patchify(reweight(args, maps, images, ids)[:, None], unit).sum(dim=2))
+    weights = amt.patchify(reweight(args, maps, images, ids)[:, None], unit).sum(dim=2)
+    ranking = rank_patches(weights)
     masked, thrown, visible = amt.mask_and_throw(ranking, *ratios, unit)
     _, pred = model(x, visible=visible, masked=masked)
+    patches, image = amt.patchify(x, p), torch.arange(len(x), device=DEVICE)[:, None]
     if args.method == "mae":                             # it predicts standardized patches
-        true = amt.select(amt.patchify(x, p), masked)
+        true = amt.select(patches, masked)
         pred = pred * true.std(dim=2, keepdim=True) + true.mean(dim=2, keepdim=True)
-    patches = amt.patchify(x, p)
-    rest = paint(patches, thrown, color(138, 143, 152))
-    rows = {"images": patches, "red: masked\ngray: thrown": paint(rest, masked, color(209, 73, 91))}
+    hidden = patches.clone()                             # (8, N, p*p*3)
+    hidden[image, masked], hidden[image, thrown] = color(209, 73, 91), color(138, 143, 152)
+    rows = {"images": patches, "red: masked\ngray: thrown": hidden}
     if args.method != "maskfeat":
-        rows["predicted (MAE: with\nthe true mean and\ncontrast)"] = paint(rest, masked, pred)
+        predicted = hidden.clone()
+        predicted[image, masked] = pred
+        rows["predicted (MAE: with\nthe true mean and\ncontrast)"] = predicted
     rows = {label: (amt.unpatchify(row, p) * images.std + images.mean) / 255
             for label, row in rows.items()}
-    seen = {f"where [CLS] looks,\nepoch {k} (white:\nmost)":     # black, red, yellow, white
-            torch.stack([3 * v, 3 * v - 1, 3 * v - 2], dim=1) for k, v in run.snapshots.items()}
-    for name, shown in [("masking", rows), ("attention", {"images": rows["images"]} | seen)]:
-        pixels = torch.cat([F.interpolate(x.cpu(), size=96) for x in shown.values()]).clamp(0, 1)
-        grid = F.pad(make_grid(pixels, nrow=len(x), padding=4, pad_value=1.0), (150, 0), value=1.0)
-        picture, file = v2.functional.to_pil_image(grid), io.BytesIO()
-        for i, label in enumerate(shown):
+    attention = {"images": rows["images"]}
+    for k, a in run.snapshots.items():                   # (8, h, w): black, red, yellow, white
+        looks = torch.stack([3 * a, 3 * a - 1, 3 * a - 2], dim=1)
+        attention[f"where [CLS] looks,\nepoch {k} (white:\nmost)"] = looks
+    for name, shown in [("masking", rows), ("attention", attention)]:
+        pixels = torch.cat([F.interpolate(row.cpu(), size=96) for row in shown.values()])
+        grid = make_grid(pixels.clamp(0, 1), nrow=len(ids), padding=4, pad_value=1.0)
+        picture = v2.functional.to_pil_image(F.pad(grid, (150, 0), value=1.0))
+        for i, label in enumerate(shown):                # on the left, where 150 pixels are free
             ImageDraw.Draw(picture).text((6, 100 * i + 30), label, fill="black")
-        picture.save(file, "png")
-        write(args.out_dir / f"{name}.png", file.getvalue())
+        picture.save(args.out_dir / f"{name}.png")
 
 # ==== Processes, signals, printed lines, main =====================================================
 STOPS, SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT), []      # handled; received
@@ -714,8 +716,9 @@ def share(n: int) -> Tensor:
     return torch.arange(n).tensor_split(WORLD_SIZE)[RANK]        # the part that this process takes
 
 def on_signal(number: int, frame):
-    with suppress(OSError):                              # the terminal may be gone
-        os.write(2, b"\nstopping; --resume continues\n" if RANK == 0 and not SIGNALS else b"")
+    if RANK == 0 and not SIGNALS:
+        with suppress(OSError):                          # the terminal may be gone
+            os.write(2, b"\nstopping; --resume continues\n")
     SIGNALS.append(number)
 
 def say(text: str, end: str = "\n"):
@@ -735,15 +738,12 @@ def run_all(args):
     if WORLD_SIZE > 1:
         if DEVICE.type == "cuda":
             torch.cuda.set_device(DEVICE)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo",
-                                timeout=timedelta(minutes=30))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")
     # On CPUs the backward pass of fused attention in bfloat16 takes as long as all the rest.
     torch.backends.cuda.enable_flash_sdp(DEVICE.type == "cuda" or args.precision == "fp32")
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    if args.checkpoint not in (None, "none"):
-        args.checkpoint_crc = f"{zlib.crc32(Path(args.checkpoint).read_bytes()):08x}"
     mine = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items()
             if name not in ("data_path", "workers")}
     for stage, path in [("pretraining", args.out_dir / "checkpoint.pth"),
@@ -754,7 +754,7 @@ def run_all(args):
             saved = load_file(path)
             refuse_other(path, saved.get("settings", {}), settings(args, stage))
             mine[f"steps in {path}"] = saved["step"]
-            del saved                                    # its weights are on the device
+            del saved                                    # frees its memory on the device
     encoder = load_encoder(args)
     train, test = load_data(args)
     if WORLD_SIZE > 1:
@@ -766,8 +766,8 @@ def run_all(args):
         f"{args.model} on {DEVICE} in {args.precision}, {args.global_batch} images a step")
     if not (args.epochs or args.finetune_epochs):
         say(f"linear probe, %: {linear_probe(args, train, test, encoder)}")
-    if args.finetune_epochs and (len(train.classes) < 2 or not len(test)
-                                 or len(train.labels) < args.global_batch):
+    tunable = len(train.classes) > 1 and len(test) and len(train.labels) >= args.global_batch
+    if args.finetune_epochs and not tunable:
         raise ValueError(f"--finetune-epochs needs two classes or more, test images, and a label "
                          f"for as many images as a step takes, {args.global_batch}")
     for number in STOPS:                                 # until here, they end the script as usual
