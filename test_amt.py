@@ -1235,8 +1235,8 @@ def test_tiny_imagenet_has_its_own_validation_labels(tmp_path):
 
 class Fake:
     """A download of torchvision: 40 images to train on, of which 17 have labels, and 4 to test."""
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
-    base_folder, classes = "fake", list("abc")
+    pixels, base_folder, classes = np.zeros((40, 32, 32, 3), np.uint8), "fake", list("abc")
+    pixels[:, :, :, :2] = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 2))   # blue is 0
 
     def __init__(self, root, train=True, split="train+unlabeled", download=False):
         n = 4 if split == "test" or not train else 40
@@ -1649,7 +1649,7 @@ def test_the_blocks_of_the_readme(finished, tmp_path, monkeypatch, capsys):
     names = blocks("dataset_maps", page=page)
     names.loss.backward()
     assert [x.shape[1] for x in (names.masked, names.thrown, names.visible)] == [29, 26, 9]
-    assert names.maps.shape == (64, 8, 8) and 1.5 < names.loss.item() < 3.2
+    assert names.maps.shape == (64, 8, 8) and 2 < names.loss.item() < 3.2
     pytest.importorskip("timm")
     run(tmp_path / "out-shapes", "--depth", 3, "--patch-size", 4)
     monkeypatch.chdir(tmp_path)

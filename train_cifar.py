@@ -585,6 +585,7 @@ def load_data(args) -> tuple[Images, Images]:
     if args.dataset == "shapes" or args.dataset in DOWNLOADS:
         some = train.squares[::1 + train.squares.numel() // 2 ** 28]         # floats: at most 1 GiB
         std, mean = torch.std_mean(some.float(), dim=(0, 2, 3))
+    std = std.clamp_min(1)                               # a channel may be constant
     crc = 0
     for images in (train, test):
         images.mean, images.std = (x.to(DEVICE)[:, None, None] for x in (mean, std))
@@ -675,8 +676,7 @@ def save_pictures(args, run: Run, images: Images, rank_patches, ratios, epoch: i
     maps = run.snapshots[epoch] = amt.attention_maps(model.encoder, x)
     torch.manual_seed(seed_of(args.seed))
     weights = amt.patchify(reweight(args, maps, images, ids)[:, None], unit).sum(dim=2)
-    ranking = rank_patches(weights)
-    masked, thrown, visible = amt.mask_and_throw(ranking, *ratios, unit)
+    masked, thrown, visible = amt.mask_and_throw(rank_patches(weights), *ratios, unit)
     _, pred = model(x, visible=visible, masked=masked)
     patches, image = amt.patchify(x, p), torch.arange(len(x), device=DEVICE)[:, None]
     if args.method == "mae":                             # it predicts standardized patches
