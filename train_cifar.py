@@ -845,7 +845,11 @@ def load_encoder(args) -> amt.ViT:
     build = getattr(amt, args.model)
     encoder = build(img_size=args.img_size, patch_size=args.patch_size, **kwargs)
     if args.checkpoint not in [None, "none"]:
-        amt.load_weights(encoder, load_file(args.checkpoint))
+        try:
+            amt.load_weights(encoder, load_file(args.checkpoint))
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"cannot load --checkpoint {args.checkpoint}: {reason}") from None
     return encoder.to(DEVICE)
 
 def load_file(path: Path | str):
