@@ -55,8 +55,8 @@ METHODS = {
 
 STRATEGIES = {
     "attention": amt.sample_patches,                     # AMT
-    "uniform": amt.sample_patches,                 # AMT's ratios, but equal weights
-    "random": amt.random_ranking,                   # MAE's and SimMIM's own masking
+    "uniform": amt.sample_patches,                       # AMT's ratios, but equal weights
+    "random": amt.random_ranking,                        # MAE's and SimMIM's own masking
     "attmask": amt.highest_first,
     "mst": amt.lowest_first,
     "block": amt.block_wise,
@@ -201,7 +201,7 @@ def set_defaults(args):
     if args.cuda_graph and (DEVICE.type != "cuda" or args.global_batch != args.batch_size):
         raise UserError("--cuda-graph needs a GPU, one process and --accum-steps 1")
     units = torch.zeros(1, (args.img_size // unit_size) ** 2)
-    amt.mask_and_throw(units, args.mask_ratio, args.throw_ratio)         # so bad ratios fail now
+    amt.mask_and_throw(units, args.mask_ratio, args.throw_ratio)  # so bad ratios fail now
 
 # ==== Pretraining ===========================================================================
 
@@ -209,22 +209,22 @@ def masked_loss(args, model, images: "Images", squares: Tensor, theta: Tensor,
                 maps: Tensor | None = None) -> Tensor:
     """The method: from whole images, squares (B, 3, S, S), to the loss of their crops theta
     (B, 2, 3). `maps` (B, h, w) have the attention on the whole images, once there is any."""
-    unit = METHODS[args.method]["unit"]      # the side of a masking unit in patches
-    unit_size = unit * args.patch_size                   # and in pixels
+    unit = METHODS[args.method]["unit"]        # the side of a masking unit in patches
+    unit_size = unit * args.patch_size         # and in pixels
     rank, ratios = masking_of(args, maps)
 
     # The same theta cuts the images and their attention maps.
     crops = images.normalize(amt.crop(squares, theta, args.img_size, "bicubic"))
     if maps is None:
-        N = (args.img_size // unit_size) ** 2            # units in a crop
+        N = (args.img_size // unit_size) ** 2  # units in a crop
         weights = torch.ones(len(squares), N, device=squares.device)
     else:
-        weights = amt.crop_weights(maps, theta, args.img_size, unit_size)   # (B, N)
+        weights = amt.crop_weights(maps, theta, args.img_size, unit_size)  # (B, N)
 
-    ranking = rank(weights)                                                  # Eq. 5
-    masked, thrown, visible = amt.mask_and_throw(ranking, *ratios, unit)     # Eq. 6
+    ranking = rank(weights)                                               # Eq. 5
+    masked, thrown, visible = amt.mask_and_throw(ranking, *ratios, unit)  # Eq. 6
     with autocast(args):
-        loss, pred = model(crops, visible=visible, masked=masked)            # Eq. 2
+        loss, pred = model(crops, visible=visible, masked=masked)         # Eq. 2
     return loss
 
 def masking_of(args, maps: Tensor | None):
@@ -243,7 +243,7 @@ def new_maps(args, train: "Images", encoder: amt.ViT) -> tuple[Tensor, str]:
     batches = train.read(share(len(train)).split(args.batch_size), "attention maps")
     whole = ((ids, train.whole(squares)) for ids, squares, aspect in batches)
     with autocast(args):
-        maps = all_reduce(amt.dataset_maps(attend, whole, len(train)))           # Eq. 3 and 4
+        maps = all_reduce(amt.dataset_maps(attend, whole, len(train)))  # Eq. 3 and 4
     x = maps.float()
     return maps, f"{(x.mean(dim=0).var() / x.var()).item():.4f}"
 
@@ -260,7 +260,7 @@ def pretrain(args, train: "Images", test: "Images", model: nn.Module):
     updates = range(args.update_interval, args.epochs, args.update_interval)
     uses_maps = args.masking in USE_MAPS
     if uses_maps and maps is None and args.checkpoint not in [None, "none"]:
-        maps, _ = new_maps(args, train, model.encoder)   # a trained encoder's maps are of use
+        maps, _ = new_maps(args, train, model.encoder)  # those of a trained encoder are of use
 
     def inputs_of(ids: Tensor, squares: Tensor, aspect: Tensor) -> tuple[Tensor, ...]:
         theta = amt.random_crops(len(ids), METHODS[args.method]["scale"], image_ratio=aspect)
@@ -292,7 +292,7 @@ def pretrain(args, train: "Images", test: "Images", model: nn.Module):
         log.append(row | dict(map_seconds="", position_share="", probe_cls="", probe_mean=""))
         write_log(args, "log.csv", log)
         if epoch + 1 in [*updates, args.epochs] or time.time() - saved_at > 60:
-            save()                                    # before what may take minutes
+            save()                                      # before what may take minutes
             saved_at = time.time()
 
     if not log[-1]["probe_cls"]:
@@ -323,7 +323,7 @@ def train_epoch(args, name: str, epoch: int, epochs: int, images: "Images", n: i
             torch.manual_seed(seed_of(args.seed, name, i, RANK * accum + part))
             step(inputs_of(*next(batches)), last=part + 1 == accum)
 
-    mean = all_reduce(step.total).item() / WORLD_SIZE / steps    # waits for the GPU
+    mean = all_reduce(step.total).item() / WORLD_SIZE / steps  # waits for the GPU
     weights = [p.isfinite().all() for p in step.model.parameters()]
     if not math.isfinite(mean) or not torch.stack(weights).all():
         raise UserError(f"the loss or a weight is not finite after epoch {epoch + 1}, so it is not "
@@ -349,9 +349,9 @@ class Step:
         self.args = args
         self.model = model
         self.optimizer = optimizer
-        self.loss_of = loss_of                           # a function of the inputs
+        self.loss_of = loss_of  # a function of the inputs
         self.total = torch.zeros((), dtype=torch.float64, device=DEVICE)
-        self.shapes = None                          # of the inputs of the last step
+        self.shapes = None      # of the inputs of the last step
 
     def set_lr(self, lr: float):
         for group in self.optimizer.param_groups:
@@ -368,21 +368,21 @@ class Step:
             self.optimizer.zero_grad()
 
     def __call__(self, inputs: tuple[Tensor, ...], last: bool):
-        self.model.require_backward_grad_sync = last     # DDP averages in the last only
+        self.model.require_backward_grad_sync = last    # DDP averages in the last only
         shapes = [x.shape for x in inputs]
-        if shapes != self.shapes:                  # at first, and when maps come in
+        if shapes != self.shapes:                       # at first, and when maps come in
             self.shapes, self.calls, self.graph = shapes, 0, None
         self.calls += 1
-        if not self.args.cuda_graph or self.calls < 4:   # three steps choose the kernels
+        if not self.args.cuda_graph or self.calls < 4:  # three steps choose the kernels
             return self.compute(inputs, last)
 
         if self.graph is None:
-            for group in self.optimizer.param_groups:    # a number would be recorded for good
+            for group in self.optimizer.param_groups:   # a number would be recorded for good
                 group.update(capturable=True, lr=torch.as_tensor(group["lr"], device=DEVICE))
             self.inputs = [x.clone() for x in inputs]
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-                self.compute(self.inputs)                # recorded, but not yet run
+                self.compute(self.inputs)               # recorded, but not yet run
         for recorded, x in zip(self.inputs, inputs):
             recorded.copy_(x, non_blocking=True)
         self.graph.replay()
@@ -435,8 +435,8 @@ def outputs(args, images: "Images", function, shape: tuple, text: str) -> Tensor
 def features(args, images: "Images", encoder: amt.ViT) -> Tensor:
     """[CLS] and the mean of the patches of all images with labels: (n, 2, D)."""
     def readouts(crops: Tensor) -> Tensor:
-        tokens = encoder(crops)                                        # (B, 1+N, D)
-        return torch.stack([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)     # (B, 2, D)
+        tokens = encoder(crops)                                               # (B, 1+N, D)
+        return torch.stack([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)  # (B, 2, D)
 
     return outputs(args, images, readouts, (2, encoder.embed_dim), "features of the probe")
 
@@ -446,12 +446,12 @@ def accuracy(logits: Tensor, images: "Images") -> str:
 def linear_probe(args, train: "Images", test: "Images", encoder: amt.ViT) -> dict[str, str]:
     """The test accuracy of linear classifiers on frozen [CLS] and on the mean of the patches."""
     if len(train.classes) < 2 or not len(test):
-        return {}                                        # load_data has said so
+        return {}                                  # load_data has said so
 
-    x = features(args, train, encoder)                   # (n, 2, D)
+    x = features(args, train, encoder)             # (n, 2, D)
     x_test = features(args, test, encoder)
     columns = {}
-    torch.set_float32_matmul_precision("highest")    # TF32 would stop the fit early
+    torch.set_float32_matmul_precision("highest")  # TF32 would stop the fit early
     for i, name in enumerate(["probe_cls", "probe_mean"]):
         torch.manual_seed(seed_of(args.seed, "probe"))
         logits = linear_classifier(x[:, i], train.labels, x_test[:, i])
@@ -473,7 +473,7 @@ def linear_classifier(x: Tensor, y: Tensor, x_test: Tensor) -> Tensor:
     head = nn.Linear(x.shape[1], int(y.max()) + 1).to(x.device)
     nn.init.zeros_(head.weight)
 
-    def fit(x: Tensor, y: Tensor, penalty: float):   # from where the last fit ended
+    def fit(x: Tensor, y: Tensor, penalty: float):  # from where the last fit ended
         optimizer = torch.optim.LBFGS(head.parameters(), max_iter=1000, tolerance_grad=1e-5,
                                       tolerance_change=1e-8, line_search_fn="strong_wolfe")
 
@@ -487,7 +487,7 @@ def linear_classifier(x: Tensor, y: Tensor, x_test: Tensor) -> Tensor:
 
     best_loss = math.inf
     best_penalty = 1.0
-    for k in range(1, 14):                      # penalties from 0.32 down to 3.2e-7
+    for k in range(1, 14):                          # penalties from 0.32 down to 3.2e-7
         penalty = 10 ** (-k / 2)
         fit(x[used], y[used], penalty)
         loss = F.cross_entropy(head(x[held_out]), y[held_out]).item()
@@ -510,7 +510,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, 3, H, H)."""
-        x = self.encoder.embed(images)                                 # (B, 1+N, D)
+        x = self.encoder.embed(images)  # (B, 1+N, D)
         for block, rate in zip(self.encoder.blocks, self.drop_rates):
             x = x + stochastic_depth(block.attn(block.norm1(x)), rate, "row", self.training)
             x = x + stochastic_depth(block.mlp(block.norm2(x)), rate, "row", self.training)
@@ -522,7 +522,7 @@ def finetune(args, train: "Images", test: "Images", encoder: amt.ViT):
     classes, depth = len(train.classes), len(encoder.blocks)
     model = Classifier(encoder, classes).to(DEVICE)
     trained = args.epochs > 0 or args.checkpoint != "none"
-    decay = 0.75 if trained else 1.0                     # layer-wise
+    decay = 0.75 if trained else 1.0  # layer-wise
 
     def lr_scale(name: str) -> float:
         """1 for the head and the last norm. A layer has `decay` times the next one's."""
@@ -589,10 +589,10 @@ class Images:
         self.files = files
         self.labels = torch.tensor(labels, dtype=torch.int64, device=DEVICE)
         self.squares = squares
-        if squares is not None and squares.nbytes < 2 ** 33:     # more stay in host memory
+        if squares is not None and squares.nbytes < 2 ** 33:  # more stay in host memory
             self.squares = squares.to(DEVICE)
-        self.aspect = torch.ones(len(self)) if aspect is None else aspect       # width / height
-        self.mean = 255 * channels([0.485, 0.456, 0.406])        # ImageNet's, unless changed
+        self.aspect = torch.ones(len(self)) if aspect is None else aspect  # width / height
+        self.mean = 255 * channels([0.485, 0.456, 0.406])     # ImageNet's, unless changed
         self.std = 255 * channels([0.229, 0.224, 0.225])
 
     def __len__(self) -> int:
@@ -601,7 +601,7 @@ class Images:
     def read(self, batches, text: str = ""):
         """Yields indices (B,), squares (B, 3, S, S), 0 to 255, both on the device, and aspects
         (B,) for each mini-batch of indices. `text` names a pass whose progress is shown."""
-        batches = [ids for ids in batches if len(ids)]   # a share may be empty
+        batches = [ids for ids in batches if len(ids)]  # a share may be empty
         decoded = self.decode_ahead(batches)
         numbers = range(len(batches))
         for i in shown(numbers, text) if text else numbers:
@@ -633,16 +633,16 @@ class Images:
                 if image.format == "TIFF" and image.n_frames > 1:
                     raise ValueError(f"it has {image.n_frames} pages")
                 aspect = image.width / image.height
-                image.draft(None, size)    # decodes a large JPEG at 1/2, 1/4 or 1/8
+                image.draft(None, size)  # decodes a large JPEG at 1/2, 1/4 or 1/8
                 pixels = v2.functional.pil_to_tensor(image.convert("RGB"))
-        except Exception as error:                       # Pillow raises many types
+        except Exception as error:       # Pillow raises many types
             raise UserError(f"cannot decode {path!r}: {error}") from None
         # A view: to bring the bytes from Pillow's order into torch's would take 50 % longer.
         square = v2.functional.resize(pixels, size, v2.InterpolationMode.BICUBIC)
         return square.permute(1, 2, 0), aspect
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.clamp(0, 255)             # bicubic interpolation overshoots
+        pixels = pixels.clamp(0, 255)  # bicubic interpolation overshoots
         return (pixels - self.mean) / self.std
 
     def whole(self, squares: Tensor) -> Tensor:
@@ -662,7 +662,7 @@ class Images:
 
 def channels(values) -> Tensor:
     values = torch.as_tensor(values, dtype=torch.float32, device=DEVICE)
-    return values[:, None, None]                         # (3, 1, 1)
+    return values[:, None, None]  # (3, 1, 1)
 
 def load_data(args) -> tuple[Images, Images]:
     """The training and the test images. A new dataset is a new branch."""
@@ -674,16 +674,16 @@ def load_data(args) -> tuple[Images, Images]:
         train = image_files(args, "train")
         test = image_files(args, "val", train.classes)
 
-    if args.dataset in ["shapes", "cifar10", "cifar100", "stl10"]:       # others keep ImageNet's
-        some = train.squares[::1 + train.squares.numel() // 2 ** 28]     # floats: at most 1 GiB
+    if args.dataset in ["shapes", "cifar10", "cifar100", "stl10"]:  # others keep ImageNet's
+        some = train.squares[::1 + train.squares.numel() // 2 ** 28]  # floats: at most 1 GiB
         std, mean = torch.std_mean(some.float(), dim=(0, 2, 3))
         train.mean = test.mean = channels(mean)
-        train.std = test.std = channels(std.clamp_min(1))        # a channel may be constant
+        train.std = test.std = channels(std.clamp_min(1))           # a channel may be constant
     return train, test
 
 def download(args) -> list[Images]:
     """The training and the test images of a dataset that torchvision downloads."""
-    if args.dataset == "stl10":                          # the unlabeled come last
+    if args.dataset == "stl10":     # the unlabeled come last
         kind, splits = STL10, [dict(split="train+unlabeled"), dict(split="test")]
     else:
         kind = CIFAR10 if args.dataset == "cifar10" else CIFAR100
@@ -692,7 +692,7 @@ def download(args) -> list[Images]:
     try:
         if LOCAL_RANK == 0:
             kind(args.data_path, download=True)
-        all_reduce(torch.zeros(1))                # the others wait for the download
+        all_reduce(torch.zeros(1))  # the others wait for the download
         found = [kind(args.data_path, **split) for split in splits]
     except (OSError, RuntimeError) as error:
         raise UserError(f"no intact {kind.base_folder} in --data-path {args.data_path}, and it "
@@ -729,7 +729,7 @@ def image_files(args, split: str, classes: list[str] | None = None) -> Images:
                         f"{unknown[0]!r}")
     labels = [index[name] for name in names]
     images = Images(args, labels, list(index), files=files)
-    if args.dataset == "imagenet":                      # decodes them in each epoch
+    if args.dataset == "imagenet":  # decodes them in each epoch
         return images
 
     S = args.square_size
@@ -780,7 +780,7 @@ def shapes(args, n: int, seed: int) -> Images:
     outlines = torch.stack([polygon(3), polygon(4), polygon(6), radius < 0.9, flower])
     textures = torch.stack([(9 * x).sin(), (9 * y).sin(), (12 * radius).sin(),
                             (8 * x).sin() * (8 * y).sin(), (6 * turn).sin()]) > 0
-    inside = outlines[outline, torch.arange(n), None]               # (n, 1, 32, 32)
+    inside = outlines[outline, torch.arange(n), None]  # (n, 1, 32, 32)
     pattern = textures[texture, torch.arange(n), None]
 
     background = F.interpolate(uniform(0, 255, 3, 2, 2), 32, mode="bilinear", align_corners=True)
@@ -799,8 +799,8 @@ def save_picture(args, model: nn.Module, images: Images, maps: Tensor | None, ep
     ids = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:8]
     _, squares, _ = next(images.read([ids]))
     x = images.whole(squares)
-    patches = amt.patchify(x, p)                         # (8, N, p*p*3)
-    attention = amt.attention_maps(model.encoder, x)     # (8, h, w)
+    patches = amt.patchify(x, p)                      # (8, N, p*p*3)
+    attention = amt.attention_maps(model.encoder, x)  # (8, h, w)
 
     rank, ratios = masking_of(args, maps)
     torch.manual_seed(seed_of(args.seed))
@@ -808,7 +808,7 @@ def save_picture(args, model: nn.Module, images: Images, maps: Tensor | None, ep
     weights = torch.ones_like(weights) if args.masking == "uniform" else weights
     masked, thrown, visible = amt.mask_and_throw(rank(weights), *ratios, unit)
     _, pred = model(x, visible=visible, masked=masked)
-    if args.method == "mae" and not args.raw_pixels:     # it predicts standardized patches
+    if args.method == "mae" and not args.raw_pixels:  # it predicts standardized patches
         true = amt.select(patches, masked)
         pred = pred * true.std(dim=2, keepdim=True) + true.mean(dim=2, keepdim=True)
 
@@ -830,7 +830,7 @@ def save_picture(args, model: nn.Module, images: Images, maps: Tensor | None, ep
     row = torch.cat([F.interpolate(row.cpu(), size=96) for row in rows.values()])
     grid = make_grid(row.clamp(0, 1), nrow=len(x), padding=4, pad_value=1.0)
     picture = v2.functional.to_pil_image(F.pad(grid, (130, 0), value=1.0))
-    for i, label in enumerate(rows):        # on the left, where 130 pixels are free
+    for i, label in enumerate(rows):  # on the left, where 130 pixels are free
         ImageDraw.Draw(picture).text((6, 100 * i + 35), label, fill="black")
     content = io.BytesIO()
     picture.save(content, "png")
@@ -854,11 +854,11 @@ def load_encoder(args) -> amt.ViT:
 
 def load_file(path: Path | str):
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):     # is in MAE's files
+        with torch.serialization.safe_globals([argparse.Namespace]):  # is in MAE's files
             return torch.load(path, DEVICE, weights_only=True)
     except OSError:
         raise
-    except Exception as error:                        # torch.load raises many types
+    except Exception as error:  # torch.load raises many types
         raise UserError(f"{path} is damaged or not a file of torch.save "
                         f"({type(error).__name__})") from None
 
@@ -881,18 +881,15 @@ def write(args, name: str, content: bytes | dict):
     if RANK != 0:
         return
     if isinstance(content, dict):
-        buffer = io.BytesIO()                  # torch.save hides why a disk refuses
+        buffer = io.BytesIO()  # torch.save hides why a disk refuses
         torch.save(content, buffer)
         content = buffer.getvalue()
 
     path = Path(args.out_dir) / name
     part = Path(f"{path}.part")
     try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        part.write_bytes(content)
+        part.replace(path)
     except FileNotFoundError:
         raise UserError(f"{part} is gone: does another run write to {args.out_dir}?") from None
     except OSError as error:
@@ -905,7 +902,7 @@ def write_log(args, name: str, log: list[dict[str, str]]):
 
 def say(text: str, end: str = "\n"):
     if RANK == 0:
-        with suppress(OSError):                   # the reader of a pipe may be gone
+        with suppress(OSError):  # the reader of a pipe may be gone
             print(("\r\033[K" if TERMINAL else "") + text, end=end, flush=True)
 
 def shown(items: range, text: str):
@@ -925,14 +922,14 @@ def seed_of(*key) -> int:
 
 def all_reduce(x: Tensor) -> Tensor:
     if WORLD_SIZE > 1:
-        dist.all_reduce(x)                               # in place
+        dist.all_reduce(x)  # in place
     return x
 
 def share(n: int) -> Tensor:
-    return torch.arange(n).tensor_split(WORLD_SIZE)[RANK]        # the part that this process takes
+    return torch.arange(n).tensor_split(WORLD_SIZE)[RANK]  # the part that this process takes
 
 def set_up(args) -> tuple[nn.Module, Images, Images]:
-    """The processes, the model, the training and the test images."""
+    """Starts the processes. Returns the model, the training and the test images."""
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         raise UserError("under srun, torchrun must start the processes: "
                         "srun --ntasks-per-node=1 torchrun ... train_cifar.py ...")
@@ -941,7 +938,7 @@ def set_up(args) -> tuple[nn.Module, Images, Images]:
             torch.cuda.set_device(DEVICE)
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo")
     if args.cuda_graph:
-        torch.cuda.set_stream(torch.cuda.Stream())       # the default one cannot be recorded
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be recorded
     torch.set_float32_matmul_precision("high")
     # On CPUs the backward pass of fused attention in bfloat16 takes as long as all the rest.
     torch.backends.cuda.enable_flash_sdp(DEVICE.type == "cuda" or args.precision == "fp32")
@@ -967,7 +964,7 @@ def set_up(args) -> tuple[nn.Module, Images, Images]:
     return model, train, test
 
 def main(argv: list[str] | None = None):
-    users = ValueError                   # until training, bad values are the user's
+    users = ValueError  # until training, bad values are the user's
     try:
         args = parse_args(argv)
         model, train, test = set_up(args)
