@@ -956,8 +956,13 @@ def set_up(args) -> tuple[nn.Module, Images, Images]:
     encoder = load_encoder(args)
     model = build_model(args, encoder).to(DEVICE)
     train, test = load_data(args)
-    if args.finetune_epochs and (len(train.classes) < 2 or not len(test)):
-        raise UserError("--finetune-epochs needs two classes or more, and test images")
+    say(f"{args.dataset}: {len(train)} training, {len(test)} test images in {len(train.classes)} "
+        "classes")
+    if len(train.classes) < 2 or not len(test):
+        needs = "needs two classes or more, and test images (files: in val/<class>/)"
+        if args.finetune_epochs:
+            raise UserError(f"fine-tuning {needs}")
+        say(f"no linear probe, which {needs}")
     n = len(train.labels) if args.finetune_epochs else len(train)
     if n < args.global_batch:
         raise UserError(f"a step takes {args.global_batch} images (--batch-size), but there are {n}")
