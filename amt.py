@@ -17,7 +17,7 @@ a patch is attended, the earlier it tends to come. The ranking is split in three
 Two draws for nine patches, numbered 0 to 8 row by row. The first three of a ranking
 are masked (m), the next three thrown (t), and the last three stay visible (.):
 
-    attention     draw one                  draw two
+    weights       draw one                  draw two
                   4 3 5 | 7 0 1 | 2 8 6     5 0 3 | 4 1 2 | 7 8 6
     .1  .2  .1    t  t  .                   m  t  t
     .3  1.  .4    m  m  m                   m  t  m
@@ -26,8 +26,8 @@ are masked (m), the next three thrown (t), and the last three stay visible (.):
 Why mask the most attended patches? They should lie on the object, which makes them
 worth predicting. Why draw, and not take the top k? That would hide the same patches
 until the maps change and hardly ever show the object, while a draw leaves parts of
-it visible and forgives a rough map. In draw two, even the most attended patch is
-thrown, not masked; only a patch without any attention has to come last.
+it visible and forgives a rough map. In draw two, as in one of seven, even the most
+attended patch is thrown, not masked; only a patch of weight 0 has to come last.
 
 Why throw? Every patch left out saves compute: of N = 196 patches AMT masks 88,
 throws 78 and leaves 30 visible, so MAE's encoder sees 30 instead of 49, and its
@@ -43,8 +43,9 @@ which is why masking is random then and nothing is thrown; later they may favor
 corners or miss parts of the object. So plot some of yours.
 
 What to expect: with a ViT-B/16 pretrained on ImageNet, AMT's linear probes are 2.9
-to 5.9 points above MAE's random masking on five datasets, and SimMIM costs 0.76 or
-0.62 as much to pretrain, depending on the ratios (the paper's Tables 1 and 2).
+to 5.9 points above MAE's random masking on five datasets, and SimMIM takes 0.76 or
+0.62 of the cost of pretraining without AMT, depending on the ratios (the paper's
+Tables 1 and 2).
 
 When not to expect it to help: in small runs, as far as we measured. On CIFAR-10,
 after 60 epochs and 10 of fine-tuning, MAE's random masking was ahead of AMT by 3.5
@@ -57,7 +58,7 @@ shape (n, 3, 224, 224):
     vit = amt.vit_base()
     mae = amt.MAE(vit)
     optimizer = torch.optim.AdamW(mae.parameters(), lr=1.5e-4, weight_decay=0.05)
-    maps = torch.ones(len(images), 1, 1)  # equal weights at first: plain MAE
+    maps = images.new_ones(len(images), 1, 1)  # equal weights at first: plain MAE
     ratios = (0.75, 0.0)
 
     for epoch in range(400):
@@ -94,10 +95,9 @@ any ranking, such as those of section 8. Names here and in the paper:
 
 Where the paper and the authors' code differ, and what we do (more in the README):
 
-  - Crop of the map: to find a pixel's cell in the map, their code divides by the side
-    of the image, not of a patch, so nearly every crop gets the 2 x 2 cells at the map's
-    top left (issue 6 of guijiejie/Attention-driven-Masking-and-Throwing). We crop map
-    and image alike.
+  - Crop of the map: their code computes a pixel's map cell from the side of the image
+    instead of a patch, so nearly every crop reads the 2 x 2 cells at the map's top left
+    (issue 6 of guijiejie/Attention-driven-Masking-and-Throwing). We crop both alike.
   - Heads: their code normalizes each head before the mean; the paper and we
     normalize the mean (Eq. 4).
   - MAE's target: the paper does not name it. Their command predicts raw pixels, as
@@ -193,9 +193,9 @@ def random_crops(B: int, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None,
     `F.affine_grid`. To switch flips off, call `theta[:, 0, 0].abs_()`.
 
     The distribution is that of torchvision's RandomResizedCrop, but a side longer than
-    the image's is cut to fit, not drawn again. `ratio` is the crop's width / height in
-    the original photo. If that is not square, also if it has been squashed to a square,
-    give its own width / height as `image_ratio`, a number or (B,)."""
+    the image's is cut to fit, not drawn again. `ratio` bounds a crop's width / height as
+    measured in the original photo. If photos are not square, give their width / height
+    as `image_ratio`, a number or (B,), even if they have since been squashed."""
     device = generator.device if generator else None
     u = torch.rand(5, B, generator=generator, device=device)
 
@@ -266,7 +266,8 @@ def sample_patches(weights: Tensor, generator=None) -> Tensor:
 # ==== 5. Masking and throwing =====================================================
 def mask_and_throw(ranking: Tensor, mask_ratio: float, throw_ratio=0.0, unit=1):
     """Splits a ranking M (B, N) into the indices (masked, thrown, visible) (Eq. 6,
-    Algorithm 1): the first N * mask_ratio patches, the next N * throw_ratio, the rest.
+    Algorithm 1): the first round(N * mask_ratio) patches, the next N * throw_ratio, the
+    rest; all are indices of patches without [CLS], in the order of the ranking.
     SimMIM hides units of 2 x 2 patches: with unit=2, the ranking is one of the N / 4
     units of a square grid, and the indices are still those of patches. In the paper:
 
@@ -409,7 +410,7 @@ class ViT(nn.Module):
 
         x = self.patch_embed(patches) + pos
         cls = self.cls_token + self.pos_embed[:, :1]
-        cls = cls.expand(images.shape[0], -1, -1)    # len(images) would freeze B in exports
+        cls = cls.expand(images.shape[0], -1, -1)    # len(images) would be a constant in exports
         return torch.cat([cls, x], dim=1)            # (B, 1+K, D)
 
     def run_blocks(self, x):
@@ -434,8 +435,8 @@ vit_large = partial(ViT, embed_dim=1024, depth=24, num_heads=16)
 vit_huge = partial(ViT, patch_size=14, embed_dim=1280, depth=32, num_heads=16)
 
 def load_weights(vit: ViT, saved: dict):
-    """Loads what torch.load gives for a file of timm, MAE, DINO, MoCo or this project: the
-    ViT under any prefix, without decoder and head, its positions resized to the grid."""
+    """Loads a checkpoint of timm, MAE, DINO, MoCo or this project, as torch.load gives it:
+    the ViT under any prefix, without decoder and head, its positions resized."""
     if not isinstance(saved, dict):
         raise ValueError(f"saved must be a dict, as from torch.load, got {type(saved)}")
     for key in ("model", "state_dict", "teacher"):  # where MAE, MoCo and DINO keep weights
@@ -552,9 +553,9 @@ class SimMIM(nn.Module):
     """SimMIM (Xie et al., 2022): an encoder that sees mask tokens too, and a linear head.
     target="hog" makes it MaskFeat (Wei et al., 2022) as set up in the AMT paper: HOG
     instead of pixels, l2 instead of l1. `encoder` is like a ViT in `embed_dim`,
-    `patch_size`, `in_chans`, `pos_embed`, `embed` and `run_blocks`. Caution: no loss
-    depends on [CLS]'s query in the last block, which makes the maps, so the projection
-    behind it learns from the patches' queries alone."""
+    `patch_size`, `in_chans`, `pos_embed`, `embed` and `run_blocks`. Caution: maps
+    come from [CLS]'s query in the last block, on which this loss does not depend; what
+    projects it learns from the patches' queries alone."""
 
     def __init__(self, encoder: nn.Module, target="pixels"):
         super().__init__()
