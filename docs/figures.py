@@ -2,11 +2,11 @@
 
     python docs/figures.py method out-shapes         # docs/method.png, with a run of shapes
     python docs/figures.py probes                    # docs/probes.png, from docs/logs
-    python docs/figures.py compare shapes own random # a paired t-test, from docs/logs
-    python docs/figures.py curve out-a out-b ...     # curves.png, from their log.csv
+    python docs/figures.py compare shapes own random # their difference, from docs/logs
     python docs/figures.py attention out-0 out-1 DATA_PATH    # docs/attention.png, of two seeds
     python docs/figures.py objects out-shapes ...    # attention on the objects of shapes
 """
+import argparse
 import csv
 import math
 import sys
@@ -20,6 +20,7 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
 import amt
+import controls
 import train_cifar
 
 MASKED, THROWN, VISIBLE = "#d1495b", "#8a8f98", "#2e7d5b"
@@ -35,29 +36,24 @@ NAMES = {  # of the runs in docs/logs: what ranks the patches, masked / thrown
     "uniform-45-30": "random, 0.45 / 0.30", "untrained": "untrained"}
 plt.rcParams.update({"font.size": 10, "figure.facecolor": "white", "savefig.dpi": 130})
 
-def load_run(out_dir: str, *flags: str) -> tuple:
-    """The flags, the settings and the encoder of a run of train_cifar.py."""
-    settings = train_cifar.load_file(Path(out_dir) / "checkpoint.pth")["settings"]
-    for name in ("dataset", "num_images", "img_size", "model", "depth", "patch_size"):
-        if settings[name] != "None":
-            flags += "--" + name.replace("_", "-"), settings[name]
-    args = train_cifar.parse_args(
-        [*flags, "--epochs", "0", "--checkpoint", str(Path(out_dir) / "encoder.pth")])
-    return args, settings, train_cifar.load_encoder(args).eval()
+def load_run(out_dir: str, **flags) -> tuple[argparse.Namespace, amt.ViT]:
+    """The flags, some of them replaced, and the encoder of a run of train_cifar.py."""
+    saved = train_cifar.load_file(Path(out_dir) / "checkpoint.pth")["args"]
+    flags["checkpoint"] = Path(out_dir) / "encoder.pth"
+    args = argparse.Namespace(**saved | flags)
+    return args, train_cifar.load_encoder(args)
 
-def maps_of(encoder: amt.ViT, images: train_cifar.Images, n: int) -> torch.Tensor:
-    """The attention maps (n, h, w) of the first n images."""
-    batches = ((ids, images.whole(squares))
-               for ids, squares, _ in images.read(torch.arange(n).split(250)))
-    return amt.dataset_maps(encoder, batches, n).float().cpu()
-
-def position_share(maps: torch.Tensor) -> float:
-    """The fraction of the maps' variance that the position of a patch explains."""
-    return (maps.mean(dim=0).var() / maps.var()).item()
+def maps_of(encoder: amt.ViT, images: train_cifar.Images, n: int) -> tuple[torch.Tensor, float]:
+    """The attention maps (n, h, w) of the first n images, and the percentage of their variance
+    that the position of a patch explains."""
+    batches = images.read(torch.arange(n).split(250))
+    whole = ((ids, images.whole(squares)) for ids, squares, _ in batches)
+    maps = amt.dataset_maps(encoder, whole, n).float().cpu()
+    return maps, 100 * (maps.mean(dim=0).var() / maps.var()).item()
 
 def method(out_dir: str):
     """The path of one image through AMT: attention, crop, ranking, split, encoder and decoder."""
-    args, _, encoder = load_run(out_dir)
+    args, encoder = load_run(out_dir)
     images = train_cifar.load_data(args)[1]
     (_, squares, _), = images.read([torch.tensor([32])])
     theta = torch.tensor([[[-0.75, 0, 0.13], [0, 0.75, -0.16]]])             # a crop and a flip
@@ -181,55 +177,40 @@ def probes():
     figure.savefig(DOCS / "probes.png", bbox_inches="tight")
 
 def compare(dataset: str, run: str, control: str):
-    """Prints run - control for each readout: mean, standard error and p of a paired t-test."""
+    """Prints run - control, paired by seed: mean, 95 % interval and p of Student's t, and n."""
     a, b = read_log(dataset)[run], read_log(dataset)[control]
+    seeds = sorted(a.keys() & b.keys())
+    n = len(seeds)
+    t, p = student(n - 1)
     for column, label in READOUTS.items():
-        seeds = sorted(a.keys() & b.keys())
-        differences = torch.tensor([float(a[x][column]) - float(b[x][column]) for x in seeds],
-                                   dtype=torch.float64)
-        n = len(seeds)
-        mean, error = differences.mean().item(), differences.std().item() / n ** 0.5
-        print(f"{run} - {control}, {label}: {mean:+.2f}, standard error {error:.2f}, n {n}, "
-              f"p {p_value(mean / error, n - 1):.3f}")
+        x = torch.tensor([float(a[seed][column]) - float(b[seed][column]) for seed in seeds])
+        mean = x.mean().item()
+        error = x.std().item() / n ** 0.5
+        low, high = (mean + sign * t[p <= 0.05][0] * error for sign in [-1, 1])
+        p_value = p[t >= min(abs(mean / error), 199)][0]
+        print(f"{run} - {control}, {label}: {mean:+.2f} [{low:+.2f}, {high:+.2f}], "
+              f"p {p_value:.3f}, n {n}")
 
-def p_value(t: float, df: int) -> float:
-    """The two-sided p of Student's t with df degrees of freedom, by numerical integration."""
-    x = torch.linspace(0, abs(t), 100_001, dtype=torch.float64)
+def student(df: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """t from 0 to 200, and the two-sided p of each by Student's distribution, integrated."""
+    t = torch.linspace(0, 200, 2_000_001, dtype=torch.float64)
     scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
-    density = scale * (1 + x ** 2 / df) ** (-(df + 1) / 2)
-    return 1 - 2 * torch.trapezoid(density, x).item()
-
-def curve(*out_dirs: str):
-    """Loss, probes and the share of position, a line for each run. Don't compare the losses of two
-    strategies: what they predict, and from what, differs."""
-    columns = {"loss": "loss", "probe_cls": "probe of [CLS], %",
-               "probe_mean": "probe of the patches' mean, %",
-               "position_share": "share of variance that\nposition explains"}
-    figure, axes = plt.subplots(2, 2, figsize=(10, 8))
-    for out_dir in out_dirs:
-        with open(Path(out_dir) / "log.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        for ax, (column, name) in zip(axes.flat, columns.items()):
-            points = [(int(row["epoch"]), float(row[column])) for row in rows if row[column]]
-            if points:
-                ax.plot(*zip(*points), marker="o", markersize=4, label=out_dir)
-            ax.set(xlabel="epoch", ylabel=name)
-    axes.flat[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig("curves.png", bbox_inches="tight")
+    density = scale * (1 + t ** 2 / df) ** (-(df + 1) / 2)
+    inside = torch.cumulative_trapezoid(density, t)
+    return t[1:], 1 - 2 * inside
 
 def attention(out_dir_a: str, out_dir_b: str, data_path: str = "data"):
     """What [CLS] attends to in eight test images, in two runs that differ in the seed."""
     figure, axes = plt.subplots(3, 8, figsize=(9, 3.9))
     for row, out_dir in zip(axes[1:], [out_dir_a, out_dir_b]):
-        args, settings, encoder = load_run(out_dir, "--data-path", data_path)
+        args, encoder = load_run(out_dir, data_path=data_path)
         images = train_cifar.load_data(args)[1]
-        maps = maps_of(encoder, images, 2000)
+        maps, by_position = maps_of(encoder, images, 2000)
         for column in range(8):
             axes[0, column].imshow(images.squares[column].permute(1, 2, 0).cpu())
             row[column].imshow(maps[column], cmap="magma", vmin=0, vmax=1)
-        share = 100 * position_share(maps)
-        row[0].set_ylabel(f"seed {settings['seed']}\nposition\n{share:.0f} %")
+        row[0].set_ylabel(f"seed {args.seed}\nposition\n{by_position:.0f} %")
+
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     figure.subplots_adjust(wspace=0.05, hspace=0.05)
@@ -238,21 +219,18 @@ def attention(out_dir_a: str, out_dir_b: str, data_path: str = "data"):
 def objects(*out_dirs: str):
     """Prints how much attention [CLS] pays to the objects in 1,000 test images of shapes."""
     for out_dir in out_dirs:
-        args, _, encoder = load_run(out_dir)
+        args, encoder = load_run(out_dir)
         images = train_cifar.load_data(args)[1]
-        weights = maps_of(encoder, images, 1000).flatten(1)
-        area = images.objects[:1000].flatten(1).cpu()
-        on_objects = (weights * area).sum(dim=1) / weights.sum(dim=1)
-        torch.manual_seed(0)
-        visible = amt.mask_and_throw(amt.sample_patches(weights), 0.45, 0.40)[2]
-        print(f"{out_dir}: objects cover {100 * area.mean():.1f} % of the area, and have "
-              f"{100 * on_objects.mean():.1f} % of the attention and "
-              f"{100 * area.gather(1, visible).mean():.1f} % of the visible patches; position "
-              f"explains {100 * position_share(weights):.0f} % of the variance")
+        maps, by_position = maps_of(encoder, images, 1000)
+        area = controls.object_fraction(args, images)[:1000].cpu()
+        on_objects = (maps * area).sum(dim=(1, 2)) / maps.sum(dim=(1, 2))
+        print(f"{out_dir}: objects cover {100 * area.mean():.1f} % of the area and have "
+              f"{100 * on_objects.mean():.1f} % of the attention; position explains "
+              f"{by_position:.0f} % of the variance")
 
 if __name__ == "__main__":
-    commands = {"method": method, "probes": probes, "compare": compare, "curve": curve,
-                "attention": attention, "objects": objects}
+    commands = {"method": method, "probes": probes, "compare": compare, "attention": attention,
+                "objects": objects}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])

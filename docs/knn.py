@@ -22,11 +22,16 @@ def knn(x: Tensor, y: Tensor, x_test: Tensor, k: int = 20, temperature: float = 
     one_hot = F.one_hot(y).float()                       # (n, classes)
     for part in F.normalize(x_test).split(1000):
         similarity, nearest = (part @ x.T).topk(min(k, len(x)), dim=1)       # (1000, k)
-        votes.append(((similarity / temperature).exp()[:, :, None] * one_hot[nearest]).sum(dim=1))
+        vote = (similarity / temperature).exp()
+        votes.append((vote[:, :, None] * one_hot[nearest]).sum(dim=1))
     return torch.cat(votes)
 
 if __name__ == "__main__":
     args = script.parse_args(None)
     encoder = script.load_encoder(args)
-    print("20 nearest neighbors, %:",
-          script.linear_probe(args, *script.load_data(args), encoder, classify=knn))
+    train, test = script.load_data(args)
+    x = script.features(args, train, encoder)            # (n, 2, D)
+    x_test = script.features(args, test, encoder)
+    for i, readout in enumerate(["[CLS]", "mean of the patches"]):
+        votes = knn(x[:, i], train.labels, x_test[:, i])
+        print(f"20 nearest neighbors on {readout}: {script.accuracy(votes, test)} %")
