@@ -63,7 +63,6 @@ STRATEGIES = {
     "grid": amt.grid_wise,
 }
 USE_MAPS = ["attention", "uniform", "attmask", "mst"]    # masking is random until there are maps
-CHECKPOINTS = ["finetune-checkpoint.pth", "checkpoint.pth"]
 MODELS = ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
 
 DATASETS = {  # the flags of a dataset that differ from cifar10's
@@ -165,17 +164,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def saved_flags(args) -> dict:
     """The flags of the run in --out-dir."""
-    for path in [Path(args.out_dir) / name for name in CHECKPOINTS]:
-        if path.exists():
-            saved = load_file(path)
-            if not isinstance(saved, dict) or "args" not in saved:
-                raise UserError(f"{path} is not a checkpoint of this script")
-            return saved["args"] | {"resume": True}
-    say(f"{args.out_dir} has no checkpoint yet: starting from the beginning")
-    return {}
+    found = sorted(Path(args.out_dir).glob("*checkpoint.pth"), key=lambda x: x.stat().st_mtime)
+    if not found:
+        say(f"{args.out_dir} has no checkpoint yet: starting from the beginning")
+        return {}
+
+    saved = load_file(found[-1])  # the last one written
+    if not isinstance(saved, dict) or not isinstance(saved.get("args"), dict):
+        raise UserError(f"{found[-1]} is not a checkpoint of this script")
+    return saved["args"] | {"resume": True, "out_dir": args.out_dir}
 
 def set_defaults(args):
     """Fills in what depends on other flags, and refuses what would fail only after minutes."""
+    for name, value in vars(args).items():
+        least = 0 if name in ["epochs", "finetune_epochs", "seed"] else 1
+        if type(value) is int and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
     ratios = METHODS[args.method]["amt" if args.masking in ["attention", "uniform"] else "random"]
     if args.mask_ratio is None:
         args.mask_ratio = ratios[0]
@@ -292,7 +297,7 @@ def pretrain(args, train: "Images", test: "Images", model: nn.Module):
         log.append(row | dict(map_seconds="", position_share="", probe_cls="", probe_mean=""))
         write_log(args, "log.csv", log)
         if epoch + 1 in [*updates, args.epochs] or time.time() - saved_at > 60:
-            save()                                      # before what may take minutes
+            save()  # before what may take minutes
             saved_at = time.time()
 
     if not log[-1]["probe_cls"]:
@@ -352,12 +357,16 @@ class Step:
         self.loss_of = loss_of  # a function of the inputs
         self.total = torch.zeros((), dtype=torch.float64, device=DEVICE)
         self.shapes = None      # of the inputs of the last step
+        if args.cuda_graph:     # a number would be recorded for good
+            for group in optimizer.param_groups:
+                group.update(capturable=True, lr=torch.zeros((), device=DEVICE))
 
     def set_lr(self, lr: float):
         for group in self.optimizer.param_groups:
-            rate = lr * group["lr_scale"]
-            recorded = torch.is_tensor(group["lr"])
-            group["lr"] = group["lr"].fill_(rate) if recorded else rate
+            if self.args.cuda_graph:
+                group["lr"].fill_(lr * group["lr_scale"])
+            else:
+                group["lr"] = lr * group["lr_scale"]
 
     def compute(self, inputs, last: bool = True):
         loss = self.loss_of(*inputs) / self.args.accum_steps
@@ -377,8 +386,6 @@ class Step:
             return self.compute(inputs, last)
 
         if self.graph is None:
-            for group in self.optimizer.param_groups:   # a number would be recorded for good
-                group.update(capturable=True, lr=torch.as_tensor(group["lr"], device=DEVICE))
             self.inputs = [x.clone() for x in inputs]
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
@@ -446,7 +453,7 @@ def accuracy(logits: Tensor, images: "Images") -> str:
 def linear_probe(args, train: "Images", test: "Images", encoder: amt.ViT) -> dict[str, str]:
     """The test accuracy of linear classifiers on frozen [CLS] and on the mean of the patches."""
     if len(train.classes) < 2 or not len(test):
-        return {}                                  # load_data has said so
+        return {}                                  # set_up has said so
 
     x = features(args, train, encoder)             # (n, 2, D)
     x_test = features(args, test, encoder)
@@ -526,14 +533,18 @@ def finetune(args, train: "Images", test: "Images", encoder: amt.ViT):
 
     def lr_scale(name: str) -> float:
         """1 for the head and the last norm. A layer has `decay` times the next one's."""
-        if name.startswith("encoder.blocks."):
-            return decay ** (depth - int(name.split(".")[2]))
-        below = name.startswith(("encoder.cls_token", "encoder.patch_embed"))
-        return decay ** (depth + 1) if below else 1.0
+        parts = name.split(".")
+        below = parts[1] in ["cls_token", "patch_embed"]
+        layer = int(parts[2]) if parts[1] == "blocks" else -1 if below else depth
+        return decay ** (depth - layer)
 
     optimizer, log = build_optimizer(model, 0.999, lr_scale), []
     if args.resume and (Path(args.out_dir) / "finetune-checkpoint.pth").exists():
-        log = restore(args, "finetune-checkpoint.pth", model, optimizer)["log"]
+        saved = restore(args, "finetune-checkpoint.pth", model, optimizer)
+        log = saved["log"]
+        if saved["args"]["epochs"] != args.epochs:
+            raise UserError(f"finetune-checkpoint.pth is of {saved['args']['epochs']} epochs of "
+                            "pretraining: move it away to fine-tune anew")
 
     parallel = parallelize(args, model)
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes),
@@ -602,16 +613,16 @@ class Images:
         """Yields indices (B,), squares (B, 3, S, S), 0 to 255, both on the device, and aspects
         (B,) for each mini-batch of indices. `text` names a pass whose progress is shown."""
         batches = [ids for ids in batches if len(ids)]  # a share may be empty
-        decoded = self.decode_ahead(batches)
-        numbers = range(len(batches))
-        for i in shown(numbers, text) if text else numbers:
-            if self.squares is None:
-                squares, aspect = next(decoded)
-            else:
-                squares = self.squares[batches[i].to(self.squares.device, non_blocking=True)]
-                aspect = self.aspect[batches[i]]
-            ids = batches[i].to(DEVICE, non_blocking=True)
-            yield ids, squares.to(DEVICE, non_blocking=True).float(), aspect
+        found = map(self.from_memory, batches)
+        if self.squares is None:
+            found = self.decode_ahead(batches)
+        for ids in shown(batches, text):
+            squares, aspect = next(found)
+            squares = squares.to(DEVICE, non_blocking=True).float()
+            yield ids.to(DEVICE, non_blocking=True), squares, aspect
+
+    def from_memory(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.squares[ids.to(self.squares.device, non_blocking=True)], self.aspect[ids]
 
     def decode_ahead(self, batches: list[Tensor]):
         """Threads decode two mini-batches ahead, as Pillow and torch release Python's lock."""
@@ -683,11 +694,10 @@ def load_data(args) -> tuple[Images, Images]:
 
 def download(args) -> list[Images]:
     """The training and the test images of a dataset that torchvision downloads."""
-    if args.dataset == "stl10":     # the unlabeled come last
-        kind, splits = STL10, [dict(split="train+unlabeled"), dict(split="test")]
-    else:
-        kind = CIFAR10 if args.dataset == "cifar10" else CIFAR100
-        splits = [dict(train=True), dict(train=False)]
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}[args.dataset]
+    splits = [dict(train=True), dict(train=False)]
+    if kind is STL10:
+        splits = [dict(split="train+unlabeled"), dict(split="test")]  # the unlabeled come last
 
     try:
         if LOCAL_RANK == 0:
@@ -863,9 +873,14 @@ def load_file(path: Path | str):
                         f"({type(error).__name__})") from None
 
 def restore(args, name: str, model: nn.Module, optimizer) -> dict:
-    saved = load_file(Path(args.out_dir) / name)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    path = Path(args.out_dir) / name
+    saved = load_file(path)
+    try:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} does not fit these flags: {reason}") from None
     for group in optimizer.param_groups:
         group.update(capturable=False, lr=0.0)  # a CUDA graph has other values here
     return saved
@@ -905,14 +920,14 @@ def say(text: str, end: str = "\n"):
         with suppress(OSError):  # the reader of a pipe may be gone
             print(("\r\033[K" if TERMINAL else "") + text, end=end, flush=True)
 
-def shown(items: range, text: str):
-    """Yields the items and shows how many are done: twice a second in the last line of a
-    terminal, elsewhere in a line a minute."""
+def shown(items, text: str):
+    """Yields the items and, if there is a text, shows how many are done: twice a second in the
+    last line of a terminal, elsewhere in a line a minute."""
     began = last = time.time()
     for done, item in enumerate(items, 1):
         yield item
         now = time.time()
-        if now - last > (0.5 if TERMINAL else 60):
+        if text and now - last > (0.5 if TERMINAL else 60):
             last = now
             left = timedelta(seconds=round((now - began) / done * (len(items) - done)))
             say(f"{text} {done}/{len(items)}, {left} left", end="" if TERMINAL else "\n")
@@ -964,7 +979,7 @@ def set_up(args) -> tuple[nn.Module, Images, Images]:
             raise UserError(f"fine-tuning {needs}")
         say(f"no linear probe, which {needs}")
     n = len(train.labels) if args.finetune_epochs else len(train)
-    if n < args.global_batch:
+    if (args.epochs or args.finetune_epochs) and n < args.global_batch:
         raise UserError(f"a step takes {args.global_batch} images (--batch-size), but there are {n}")
     return model, train, test
 
@@ -981,7 +996,7 @@ def main(argv: list[str] | None = None):
         if not args.epochs and not args.finetune_epochs:
             linear_probe(args, train, test, model.encoder)
     except (users, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n" * TERMINAL + f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
     say(f"done: {args.out_dir} has {', '.join(sorted(os.listdir(args.out_dir)))}")
