@@ -8,16 +8,15 @@ import argparse
 import ast
 import csv
 import errno
+import importlib
+import inspect
 import itertools
 import math
 import multiprocessing
 import os
 import re
-import runpy
 import shutil
-import signal
 import socket
-import sys
 import textwrap
 from collections import Counter
 from functools import partial
@@ -34,10 +33,12 @@ from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
+from torch.utils._pytree import tree_flatten
 from torchvision.transforms import v2
 
 import amt
 import train_cifar
+from docs import fake_graph
 
 torch.set_num_threads(1)                                  # as in the processes that tests start
 
@@ -626,391 +627,437 @@ def test_mistakes_that_would_go_unnoticed_are_errors():
 
 # ==== train_cifar.py: helpers =====================================================================
 
-# Six epochs of two steps. A step has two mini-batches. New maps come after epochs 2 and 4.
-SMALL = ("--dataset shapes --num-images 70 --img-size 32 --patch-size 8 --depth 1 --blr 4e-3 "
-         "--decoder-depth 1 --decoder-embed-dim 32 --epochs 6 --update-interval 2 "
-         "--warmup-epochs 1 --batch-size 16 --accum-steps 2 --save-every 4").split()
-ALL_STAGES = ["--probe-every", 3, "--finetune-epochs", 2]
+# Ten epochs of two steps, each of two mini-batches of 8 of the 40 images. New maps come after
+# epochs 4 and 8.
+SMALL = ("--dataset shapes --num-images 40 --patch-size 8 --depth 1 --decoder-embed-dim 32 "
+         "--decoder-depth 1 --epochs 10 --batch-size 8 --accum-steps 2 --blr 2e-2").split()
 TIMES = {"seconds", "map_seconds", "images_per_second"}
 SHAPES = train_cifar.shapes
-train_cifar.shapes = lambda args, n, seed: SHAPES(args, min(n, 70), seed)
+
+def few_shapes(args, n, seed):
+    return SHAPES(args, min(n, 40), seed)
+
+train_cifar.shapes = few_shapes                          # instead of 8000 to test on
 
 def parse(*flags):
     return train_cifar.parse_args([*SMALL, *map(str, flags)])
-
-def load(path):
-    return torch.load(path, weights_only=True)
 
 def run(out_dir, *flags):
     train_cifar.main([*SMALL, "--out-dir", str(out_dir), *map(str, flags)])
     return out_dir
 
-def error(capsys, out_dir, *flags):
-    """The one line that the script ends with."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        run(out_dir, *flags)
-    said = capsys.readouterr().err.strip().splitlines()
-    assert caught.value.code == 2 and "error: " in said[-1]
-    assert len(said) == 1 or len(said) == 2 and said[0].startswith("usage")
-    return said[-1]
+def resume(out_dir, *flags):
+    train_cifar.main(["--resume", "--out-dir", str(out_dir), *map(str, flags)])
 
-def column(out_dir, name, prefix=""):
+def column(path, name):
     """A column of a log: numbers, and None where it is empty."""
-    with open(out_dir / f"{prefix}log.csv", newline="") as file:
-        return [float(row[name]) if row[name] else None for row in csv.DictReader(file)]
+    with open(path, newline="") as file:
+        values = [row[name] for row in csv.DictReader(file)]
+    return [float(value) if value else None for value in values]
 
-def saved(out_dir, prefix=""):
-    """All that a stage leaves but the times."""
-    content = load(out_dir / f"{prefix}checkpoint.pth")
-    with open(out_dir / f"{prefix}log.csv", newline="") as file:
-        content["csv"] = list(csv.DictReader(file))
-    for row in (content, *content["log"], *content["csv"]):
-        for name in TIMES & row.keys():
-            del row[name]
-    return content
+def contents(out_dir):
+    """All files of a run but for its times, its flags and the rate, which each step sets anew."""
+    found = {}
+    for path in sorted(Path(out_dir).iterdir()):
+        content = torch.load(path) if path.suffix == ".pth" else path.read_bytes()
+        if path.suffix == ".csv":
+            content = {"log": list(csv.DictReader(content.decode().splitlines()))}
 
-def assert_same(a, b, **tolerance):
-    """Compares nested dicts, lists and tuples of tensors bit for bit, or within a tolerance."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        torch.testing.assert_close(a, b, **(tolerance or dict(rtol=0, atol=0)))
-    elif isinstance(a, (dict, list, tuple)):
-        assert len(a) == len(b) and (not isinstance(a, dict) or a.keys() == b.keys())
-        for key in a if isinstance(a, dict) else range(len(a)):
-            assert_same(a[key], b[key], **tolerance)
-    else:
-        assert a == b
+        if isinstance(content, dict):
+            content.pop("args", None)
+            content.get("optimizer", {}).pop("param_groups", None)
+            log = content.get("log", [])
+            content["log"] = [{k: v for k, v in row.items() if k not in TIMES} for row in log]
+        found[path.name] = content
+    return found
 
-def record(monkeypatch):
-    """A list to which each mini-batch of a run adds what it drew and what its model was given."""
-    steps = []
+def assert_same(a, b):
+    """Compares nested dicts and lists of tensors and other things bit for bit."""
+    a, form = tree_flatten(a)
+    b, other_form = tree_flatten(b)
+    assert form == other_form
+    for x, y in zip(a, b):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
-    def patch(module, name, note):
-        original = getattr(module, name)
+def record(patch, owner, name):
+    """A list to which each call of a function adds its arguments, by name, and its result."""
+    calls = []
+    function = getattr(owner, name)
+    signature = inspect.signature(function)
 
-        def noting(*args, **kwargs):
-            result = original(*args, **kwargs)
-            note(result, args, kwargs)
-            return result
-        monkeypatch.setattr(module, name, noting)
+    def recording(*args, **kwargs):
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        result = function(*args, **kwargs)
+        calls.append(SimpleNamespace(**given.arguments, result=result))
+        return result
 
-    patch(amt, "random_crops", lambda theta, args, kwargs: steps.append(
-        {"theta": theta, "scale": args[1] if len(args) > 1 else None, "maps": None}))
-    patch(amt, "crop", lambda x, args, kwargs: steps[-1].setdefault("crops", (args[0], x)))
-    patch(amt, "crop_weights", lambda x, args, kwargs: steps[-1].update(maps=args[0], weights=x))
-
-    def note_split(sets, args, kwargs):
-        if steps and "ratios" not in steps[-1]:
-            steps[-1].update(ranking=args[0], ratios=args[1:3], sets=sets)
-
-    def note_forward(result, args, kwargs):
-        if steps and "given" not in steps[-1]:
-            steps[-1].update(given=kwargs, images=args[1], loss=result[0].item())
-
-    patch(amt, "mask_and_throw", note_split)
-    patch(amt.MAE, "forward", note_forward)
-    patch(amt.SimMIM, "forward", note_forward)
-    return steps
-
-def at_call(monkeypatch, call, action, owner=amt, name="random_crops"):
-    """Has action() run before that call (the first is 1) of a function, by default the one that a
-    mini-batch calls once. Returns a counter, whose next number is 1 + the calls so far."""
-    function, calls = getattr(owner, name), itertools.count(1)
-
-    def acting(*args, **kwargs):
-        if next(calls) == call:
-            action()
-        return function(*args, **kwargs)
-    monkeypatch.setattr(owner, name, acting)
+    patch.setattr(owner, name, recording)
     return calls
 
-FORKS = multiprocessing.get_context("forkserver")        # forks a process that has imported torch
-FORKS.set_forkserver_preload(["torchvision.datasets", "torchvision.transforms.v2"])
-PROCESS = """
-import itertools, os, signal, sys
-os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-os.dup2(1, 2)
-os.environ.update(env)
-sys.path.insert(0, path)
-import torch, amt, train_cifar
-torch.set_num_threads(1)
-shapes, crops, calls = train_cifar.shapes, amt.random_crops, itertools.count(1)
-train_cifar.shapes = lambda args, n, seed: shapes(args, min(n, 70), seed)
-def acting(*args, **kwargs):
-    if int(env["RANK"]) == at[0] and next(calls) == at[1]:
-        exec(at[2], globals())
-    return crops(*args, **kwargs)
-amt.random_crops = acting
-train_cifar.main(argv)
-"""
-
-def processes(tmp_path, *flags_of_each, at=(0, 0, "")):
-    """Runs the script in a process for each list of flags, as torchrun does. Returns the exit codes
-    and what is printed. at = (rank, call, code) runs code in that draw of random crops."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    started, n, path = [], len(flags_of_each), str(Path(train_cifar.__file__).parent)
-    for rank, flags in enumerate(flags_of_each):
-        env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, MASTER_ADDR="127.0.0.1",
-                   MASTER_PORT=port)
-        values = dict(file=f"{tmp_path}/said-{rank}", path=path, at=at,
-                      env={k: str(v) for k, v in env.items()}, argv=[*SMALL, *map(str, flags)])
-        started.append(FORKS.Process(target=exec, args=(PROCESS, values)))
-        started[-1].start()
-    for process in started:
-        process.join(60)
-        process.kill()
-        process.join()
-    said = "".join((tmp_path / f"said-{rank}").read_text() for rank in range(n))
-    return [process.exitcode for process in started], said
+# ==== A small run =================================================================================
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The directory of a run from its beginning to its end. Tests read it and never write it."""
-    return run(tmp_path_factory.mktemp("finished"), *ALL_STAGES)
+    """A run from its beginning to its end, and its calls. Tests read its files, in `out`."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls = SimpleNamespace(
+            thetas=record(patch, amt, "random_crops"), crops=record(patch, amt, "crop"),
+            weights=record(patch, amt, "crop_weights"), sets=record(patch, amt, "mask_and_throw"),
+            maps=record(patch, amt, "dataset_maps"), forward=record(patch, amt.MAE, "forward"),
+            rates=record(patch, train_cifar, "schedule"))
+        calls.out = run(tmp_path_factory.mktemp("finished"), "--finetune-epochs", 2)
+    return calls
 
-# ==== Flags and errors ============================================================================
+def steps_of(calls):
+    """The calls of mini-batches, without the pictures after epochs 4, 8 and 10."""
+    return calls[:16] + calls[17:33] + calls[34:42]
 
-@pytest.mark.parametrize("flags, words", [
-    (["--patch-size", 5], r"patch_size \(5\) must divide img_size \(32\)"),
-    (["--batch-size", 64], "a step takes 128 images, but there are only 70"),
-    (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
-    (["--blr", "nan"], "--blr must be at least 0, got nan"),
-    (["--epoch", 1], "unrecognized arguments: --epoch 1"),           # no abbreviations
-    (["--mask-ratio", 0.75], "mask_ratio 0.75 and throw_ratio 0.4 leave .* -2 visible"),
-    (["--mask-ratio", 0.01], "0 of 16 masked"),
-    (["--masking", "random", "--weights", "uniform"], "need --masking attention, got random"),
-    (["--masking", "attmask", "--map-floor", 0.5], "need --masking attention, got attmask"),
-    (["--map-floor", 25], "--map-floor must be at most 1, got 25"),
-    (["--workers", 0], "--workers must be at least 1, got 0"),
-    (["--dataset", "cifar10", "--weights", "object"], "invalid choice: 'object'"),
-    (["--update-interval", 6], "--update-interval must be less than --epochs, got 6"),
-    (["--epochs", 0], "--epochs 0 needs a --checkpoint"),
-    (["--checkpoint", "no.pth"], "No such file.*no.pth"),
-    (["--dataset", "folder", "--data-path", "no"], "no/train"),
-    (["--dataset", "cifar10", "--data-path", "/dev/null"], "cannot find cifar-10-batches-py in"),
-])
-def test_a_mistake_is_one_line_that_says_what_must_hold(flags, words, tmp_path, capsys):
-    assert re.search(words, error(capsys, tmp_path, *flags))
+def test_a_run_writes_its_files_and_learns(finished):
+    names = {path.name for path in finished.out.iterdir()}
+    assert names == {"encoder.pth", "finetuned.pth", "checkpoint.pth", "finetune-checkpoint.pth",
+                     "log.csv", "finetune-log.csv", "epoch-4.png", "epoch-8.png", "epoch-10.png"}
+    log = finished.out / "log.csv"
+    for name, epochs in dict(position_share=[4, 8], map_seconds=[4, 8], probe_mean=[10]).items():
+        values = column(log, name)
+        assert [i for i in range(1, 11) if values[i - 1] is not None] == epochs
 
-@pytest.mark.parametrize("method, unit, low, random, amt_ratios", [
-    ("mae", 1, 0.2, (0.75, 0), (0.45, 0.40)), ("simmim", 2, 0.67, (0.60, 0), (0.44, 0.26)),
+    loss = column(log, "loss")
+    assert loss[3] < loss[0] - 0.03
+    assert loss[9] < loss[4] - 0.01
+    assert all(0 <= x <= 60 for x in column(finished.out / "finetune-log.csv", "test_accuracy"))
+
+    encoder = torch.load(finished.out / "encoder.pth")
+    tuned = torch.load(finished.out / "finetuned.pth")
+    saved = torch.load(finished.out / "checkpoint.pth")
+    assert set(tuned) == {*encoder, "head.weight", "head.bias"}
+    assert not torch.equal(tuned["cls_token"], encoder["cls_token"])
+    assert torch.equal(saved["model"]["encoder.cls_token"], encoder["cls_token"])
+
+    train, _ = train_cifar.load_data(parse())
+    std, mean = torch.std_mean(train.squares.double() / 255, dim=(0, 2, 3))
+    assert saved["data"]["mean"] == pytest.approx(mean.tolist(), abs=1e-5)
+    assert saved["data"]["std"] == pytest.approx(std.tolist(), abs=1e-5)
+    assert saved["data"]["classes"] == train.classes
+
+def test_masking_is_random_until_there_are_maps_and_then_follows_them(finished):
+    sets = steps_of([x for x in finished.sets if len(x.ranking) == 8])
+    ratios = [(x.mask_ratio, x.throw_ratio) for x in sets]
+    assert ratios == 16 * [(0.75, 0.0)] + 24 * [(0.45, 0.40)]
+    weights = torch.cat([x.result for x in finished.weights])
+    ranked = weights.gather(1, torch.cat([x.ranking for x in sets[16:]]))
+    assert ranked[:, :8].sum() > 1.3 * ranked[:, 8:].sum()       # 16 patches
+
+def test_the_second_maps_differ_from_the_first_and_are_saved(finished):
+    first, second = (call.result for call in finished.maps)
+    assert (first - second).abs().mean() > 1e-3
+    assert torch.equal(torch.load(finished.out / "checkpoint.pth")["maps"], second)
+    maps = second.float()
+    share = maps.mean(dim=0).var() / maps.var()
+    found = column(finished.out / "log.csv", "position_share")[7]
+    assert found == pytest.approx(share.item(), abs=1e-4)
+
+def test_one_theta_cuts_an_image_and_its_own_map(finished):
+    train, _ = train_cifar.load_data(parse())
+    crops = [x for x in finished.crops if x.mode == "bicubic"][:40]
+    thetas = [x.result for x in finished.thetas][:40]    # the rest are of fine-tuning
+
+    assert len(torch.cat(thetas).unique(dim=0)) == 320   # no two crops are equal
+    for calls, used in [(crops, thetas), (finished.weights, thetas[16:])]:
+        assert_same([call.theta for call in calls], used)
+
+    squares = torch.cat([x.x for x in crops])
+    equal = (squares[:, None] == train.squares).all(dim=(2, 3, 4))
+    ids = equal.int().argmax(dim=1)
+    assert torch.equal(train.squares[ids].float(), squares)
+    epochs = ids.view(10, 32)                            # each shows an image at most once
+    assert all(len(epoch.unique()) == 32 for epoch in epochs)
+    assert len(epochs.unique(dim=0)) == 10
+
+    used = torch.cat([x.maps for x in finished.weights])
+    first, second = (call.result for call in finished.maps)
+    assert torch.equal(used[:128], first[ids[128:256]])
+    assert torch.equal(used[128:], second[ids[256:]])
+
+    forward = steps_of(finished.forward)
+    pixels = torch.cat([x.result for x in crops]).clamp(0, 255)          # bicubic overshoots
+    images = torch.cat([x.images for x in forward])
+    assert_close(images, (pixels - train.mean) / train.std)
+    losses = torch.stack([x.result[0] for x in forward])
+    losses = losses.view(10, 4).mean(dim=1).tolist()
+    assert column(finished.out / "log.csv", "loss") == pytest.approx(losses, abs=1e-5)
+
+def test_the_rate_warms_up_and_then_follows_a_cosine(finished):
+    peak = 2e-2 * 16 / 256
+    rates = column(finished.out / "log.csv", "lr")       # at the second step of each epoch
+    assert rates[0] == pytest.approx(peak / 2)
+    for i in range(1, 10):
+        angle = math.pi * (i - 0.5) / 9
+        assert rates[i] == pytest.approx(peak * (0.5 + 0.5 * math.cos(angle)), rel=1e-3)
+    assert [x.epoch for x in finished.rates[-4:]] == [0, 0.5, 1, 1.5]    # of fine-tuning
+
+def test_a_picture_shows_masked_patches_red_and_thrown_ones_gray(finished):
+    with Image.open(finished.out / "epoch-10.png") as image:
+        pixels = np.array(image).astype(int)
+    assert pixels.shape == (404, 130 + 804, 3)           # four rows of eight images, and labels
+    tiles = pixels[4:, 134:].reshape(4, 100, 8, 100, 3)[:, :96, :, :96]
+    images, _, hidden, predicted = np.moveaxis(tiles, 2, 1)      # (8, 96, 96, 3)
+    red = np.abs(hidden - [209, 73, 91]).max(axis=3) < 3
+    gray = np.abs(hidden - [138, 143, 152]).max(axis=3) < 3
+    assert (red.sum(axis=(1, 2)) == 7 * 24 ** 2).all()   # 0.45 and 0.40 of 16 patches
+    assert (gray.sum(axis=(1, 2)) == 6 * 24 ** 2).all()
+
+    visible = ~red & ~gray
+    assert np.abs(images - hidden)[visible].max() < 2
+    assert (predicted == hidden)[~red].all()
+    assert 5 < np.abs(predicted - images)[red].mean() < 50
+
+    _, test = train_cifar.load_data(parse())
+    shown = test.squares[torch.randperm(40, generator=rng())[:8]]
+    assert np.abs(images[:, ::3, ::3] - shown.permute(0, 2, 3, 1).numpy()).max() < 2
+
+# ==== Strategies, methods, models =================================================================
+
+def test_the_strategies_are_the_rankings_of_amt():
+    expected = dict(attention=amt.sample_patches, uniform=amt.sample_patches,
+                    random=amt.random_ranking, attmask=amt.highest_first, mst=amt.lowest_first,
+                    block=amt.block_wise, grid=amt.grid_wise)
+    for name, rank in expected.items():
+        args = parse("--masking", name)
+        own = (rank, (args.mask_ratio, args.throw_ratio))
+        assert train_cifar.masking_of(args, torch.ones(1)) == own
+        waits = name in ["attention", "uniform", "attmask", "mst"]
+        first = (amt.random_ranking, (0.75, 0.0)) if waits else own
+        assert train_cifar.masking_of(args, None) == first
+
+def test_uniform_has_amts_schedule_but_never_looks_at_attention(tmp_path, monkeypatch):
+    monkeypatch.delattr(amt, "dataset_maps")
+    sets = record(monkeypatch, amt, "mask_and_throw")
+    run(tmp_path, "--masking", "uniform", "--epochs", 2, "--update-interval", 1)
+    ratios = [(x.mask_ratio, x.throw_ratio) for x in sets[1:]]   # with a picture after each epoch
+    assert ratios == 5 * [(0.75, 0.0)] + 5 * [(0.45, 0.40)]
+    assert column(tmp_path / "log.csv", "position_share") == [None, None]
+
+@pytest.mark.parametrize("method, unit, low, random, amts", [
+    ("mae", 1, 0.2, (0.75, 0), (0.45, 0.40)),
+    ("simmim", 2, 0.67, (0.60, 0), (0.44, 0.26)),
     ("maskfeat", 2, 0.5, (0.40, 0), (0.44, 0.26))])
-def test_a_method_has_the_ratios_and_units_of_the_paper(method, unit, low, random, amt_ratios):
-    found = train_cifar.METHODS[method]
-    assert (found["unit"], found["scale"]) == (unit, (low, 1))
-    for masking, ratios in [("random", random), ("attention", amt_ratios), ("attmask", random)]:
+def test_a_method_has_the_papers_ratios_units_and_crops(method, unit, low, random, amts, tmp_path,
+                                                        monkeypatch):
+    expected = dict(random=random, uniform=amts, attention=amts, mst=random)
+    for masking, ratios in expected.items():
         args = parse("--method", method, "--masking", masking)
         assert (args.mask_ratio, args.throw_ratio) == ratios
     model = train_cifar.build_model(args, train_cifar.load_encoder(args))
     assert isinstance(model, amt.MAE if method == "mae" else amt.SimMIM)
-    assert method != "mae" or model.norm_pix_loss
-    assert method != "maskfeat" or model.target_fn is amt.hog
+    assert method == "mae" or model.target_fn is (amt.hog if method == "maskfeat" else amt.patchify)
 
-def test_defaults_follow_the_dataset_and_the_epochs(capsys):
-    for epochs, interval, warmup in [(400, 40, 40), (60, 6, 6), (24, 4, 2), (2, 1, 0), (1, 1, 0)]:
-        args = train_cifar.parse_args(["--epochs", str(epochs)])
-        assert (args.update_interval, args.warmup_epochs) == (interval, warmup)
+    sets = record(monkeypatch, amt, "mask_and_throw")
+    thetas = record(monkeypatch, amt, "random_crops")
+    run(tmp_path, "--method", method, "--epochs", 1, "--patch-size", 4)
+    for call in sets[1:]:                                # the first checks the ratios
+        assert call.unit == unit and call.ranking.shape[1] == 64 // unit ** 2
+    assert {x.scale for x in thetas} == {(low, 1)}
+
+def test_models_and_defaults_follow_the_flags():
+    for flags, standardized in [([], True), (["--raw-pixels"], False)]:
+        args = parse(*flags, "--decoder-depth", 2)
+        model = train_cifar.build_model(args, train_cifar.load_encoder(args))
+        assert model.norm_pix_loss is standardized and len(model.decoder_blocks) == 2
+    for epochs, interval in {400: 40, 24: 4, 2: 1, 1: 1}.items():
+        assert train_cifar.parse_args(["--epochs", str(epochs)]).update_interval == interval
     args = train_cifar.parse_args(["--dataset", "imagenet"])
-    assert (args.model, args.img_size, args.decoder_depth) == ("vit_base", 224, 8)
-    with pytest.raises(SystemExit):
-        train_cifar.parse_args(["--dataset", "shapes", "--help"])
-    said = capsys.readouterr().out
-    assert "epochs of pretraining; 0, with --checkpoint, skips it\n                        " \
-           "(default: 24)" in said and "masking:" in said and "probe_mean" in said
+    assert (args.model, args.img_size, args.square_size) == ("vit_base", 224, 320)
+    assert train_cifar.parse_args(["--dataset", "folder", "--img-size", "448"]).square_size == 640
 
-# ==== Pretraining =================================================================================
-
-def test_a_run_writes_its_files(finished):
-    assert {path.name for path in finished.iterdir()} == {
-        "attention.png", "masking.png", "encoder.pth", "finetuned.pth", "checkpoint.pth", "log.csv",
-        "finetune-checkpoint.pth", "finetune-log.csv"}
-    encoder, tuned = load(finished / "encoder.pth"), load(finished / "finetuned.pth")
-    assert set(tuned) == {*encoder, "head.weight", "head.bias"}
-    assert any(not torch.equal(tuned[name], encoder[name]) for name in encoder)
-    assert column(finished, "epoch") == [1, 2, 3, 4, 5, 6]
-    for name, given in [("probe_cls", [3, 6]), ("probe_mean", [3, 6]), ("map_seconds", [2, 4]),
-                        ("position_share", [2, 4])]:
-        assert [i + 1 for i, x in enumerate(column(finished, name)) if x is not None] == given
-    assert column(finished, "loss")[-1] < column(finished, "loss")[0] - 0.08
-    assert all(5 < x < 60 for x in column(finished, "test_accuracy", "finetune-"))
-    data, train = load(finished / "checkpoint.pth")["data"], train_cifar.load_data(parse())[0]
-    pixels = train.squares.double() / 255
-    assert data["mean"] == pytest.approx(pixels.mean(dim=(0, 2, 3)).tolist(), abs=1e-5)
-    assert data["std"] == pytest.approx(pixels.std(dim=(0, 2, 3)).tolist(), abs=1e-5)
-    assert data["classes"] == train.classes
-
-def test_the_schedule_and_the_step_of_a_run(finished, tmp_path, monkeypatch):
-    steps = record(monkeypatch)
-    run(tmp_path)
-    monkeypatch.undo()
-    assert [step["ratios"] for step in steps] == 8 * [(0.75, 0.0)] + 16 * [(0.45, 0.40)]
-    assert [step["maps"] is None for step in steps] == 8 * [True] + 16 * [False]
-    peak = 4e-3 * 32 / 256                               # after one epoch of warm-up
-    rates = [peak / 2, *(peak * (1 + math.cos(math.pi * i / 10)) / 2 for i in range(1, 10, 2))]
-    assert column(tmp_path, "lr") == pytest.approx(rates, rel=1e-3)
-    losses = torch.tensor([step["loss"] for step in steps]).view(6, 4).mean(dim=1)
-    assert column(tmp_path, "loss") == pytest.approx(losses.tolist(), abs=1e-4)
-    for a, b in itertools.combinations(steps, 2):
-        assert not torch.equal(a["ranking"], b["ranking"])
-        assert not torch.equal(a["theta"], b["theta"])
-    assert_same(saved(tmp_path)["model"], saved(finished)["model"])      # probes change nothing
-    train = train_cifar.load_data(parse())[0]
-    for step in steps:
-        masked, _, visible = step["sets"]
-        assert step["given"] == {"visible": visible, "masked": masked}
-        squares, _ = step["crops"]
-        crops = amt.crop(squares, step["theta"], 32, "bicubic").clamp(0, 255)
-        torch.testing.assert_close(step["images"], (crops - train.mean) / train.std)
-        if step["maps"] is not None:                     # of these images, cut by the same theta
-            distance = (train.squares[:, None].float() - squares).abs().amax(dim=(2, 3, 4))
-            ids = distance.argmin(dim=0)
-            assert (distance.amin(dim=0) == 0).all()
-            again = amt.crop_weights(step["maps"], step["theta"], 32, 8)
-            torch.testing.assert_close(step["weights"], again)
-            step["ids"] = ids
-    for step in steps[-8:]:
-        assert torch.equal(step["maps"], load(tmp_path / "checkpoint.pth")["maps"][step["ids"]])
-    orders = torch.cat([step["ids"] for step in steps[8:]]).view(4, 64)      # of epochs 3 to 6
-    assert all(len(order.unique()) == 64 for order in orders)    # an epoch shows an image once
-    assert len(orders.unique(dim=0)) == 4
-
-@pytest.mark.parametrize("masking, method", [
-    ("attmask", "mae"), ("mst", "simmim"), ("grid", "mae"), ("block", "maskfeat")])
-def test_strategies_rank_by_the_maps_of_crops_or_without(masking, method, tmp_path, monkeypatch):
-    steps = record(monkeypatch)
-    run(tmp_path, "--masking", masking, "--method", method, "--epochs", 2, "--update-interval", 1,
-        "--patch-size", 4, "--mask-ratio", 0.5, "--throw-ratio", 0.25)
-    uses_maps, unit = masking in ("attmask", "mst"), 1 if method == "mae" else 2
-    first, N = train_cifar.METHODS[method]["random"] if uses_maps else (0.5, 0.25), 64 // unit ** 2
-    assert [step["ratios"] for step in steps] == 4 * [first] + 4 * [(0.5, 0.25)]
-    areas = torch.cat([step["theta"] for step in steps])[:, [0, 1], [0, 1]].abs().prod(dim=1)
-    low = train_cifar.METHODS[method]["scale"][0]
-    assert low < areas.min() * 1.001 < low + 0.1
-    for i, step in enumerate(steps):
-        assert step["ranking"].shape == (16, N) and len(step["ranking"].unique(dim=0)) > 1
-        assert (step["maps"] is not None) == (uses_maps and i >= 4)
-        if uses_maps and i >= 4:
-            ranked = step["weights"].gather(1, step["ranking"]).diff(dim=1)
-            assert (ranked <= 0 if masking == "attmask" else ranked >= 0).all()
-
-def test_maps_are_the_attention_of_whole_images_and_weights_change_them():
-    args, (train, _) = parse(), train_cifar.load_data(parse())
-    encoder = unsettle(train_cifar.load_encoder(args)).train()
-    own, share = train_cifar.new_maps(args, train, encoder, 2)
-    pixels = (train.squares.float() - train.mean) / train.std
-    assert pixels.mean(dim=(0, 2, 3)).abs().max() < 1e-3
-    torch.testing.assert_close(own, amt.attention_maps(encoder, pixels).half(), rtol=0, atol=2e-3)
-    maps = own.float()
-    assert float(share) == pytest.approx((maps.mean(dim=0).var() / maps.var()).item(), abs=1e-3)
-    for flag, expected in [("uniform", torch.ones(70, 1, 1)), ("object", train.objects)]:
-        found, share = train_cifar.new_maps(parse("--weights", flag), train, None, 2)
-        torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-3)
-        assert share == ""                               # no encoder ran
-    shuffled, _ = train_cifar.new_maps(parse("--weights", "shuffled"), train, encoder, 2)
-    source = torch.cdist(shuffled.float().flatten(1), maps.flatten(1)).argmin(dim=1)
-    assert len(source.unique()) == 70 and (source == torch.arange(70)).sum() < 10
-    floored, _ = train_cifar.new_maps(parse("--map-floor", 0.25), train, encoder, 2)
-    assert floored.amin() == 0.25 and floored.amax() == 1
-    torch.testing.assert_close((floored.float() - 0.25) / 0.75, maps, rtol=0, atol=2e-3)
-
-def test_the_true_objects_are_where_an_image_differs_from_its_background():
-    images, _ = train_cifar.load_data(parse())
-    pixels = images.squares.float()
-    background = F.interpolate(pixels[:, :, ::31, ::31], 32, mode="bilinear", align_corners=True)
-    inside = ((pixels - background).abs() > 2).any(dim=1).float()
-    fraction = inside.unflatten(1, (4, 8)).unflatten(3, (4, 8)).mean(dim=(2, 4))
-    assert 0.3 < fraction.mean() < 0.5
-    torch.testing.assert_close(images.objects, fraction, rtol=0, atol=1 / 16)
-
-def test_a_picture_ranks_by_the_true_objects_of_its_own_images(tmp_path, monkeypatch):
-    reweight, found = train_cifar.reweight, []
-    monkeypatch.setattr(train_cifar, "reweight",
-                        lambda *args: found.append(reweight(*args)) or found[-1])
-    run(tmp_path, "--weights", "object", "--map-floor", 0.25)
-    shown = torch.randperm(70, generator=rng())[:8]
-    torch.testing.assert_close(
-        found[-1], 0.25 + 0.75 * train_cifar.load_data(parse())[1].objects[shown])
-
-def test_pretraining_may_start_from_an_encoder_and_then_has_maps_at_once(tmp_path, monkeypatch):
-    encoder = unsettle(train_cifar.load_encoder(parse()))
-    torch.save(encoder.state_dict(), tmp_path / "e.pth")
-    steps = record(monkeypatch)
-    run(tmp_path / "out", "--checkpoint", tmp_path / "e.pth", "--blr", 0, "--epochs", 3)
-    assert_same(dict(encoder.state_dict()), dict(load(tmp_path / "out" / "encoder.pth")))
-    assert {step["ratios"] for step in steps} == {(0.45, 0.40)}
-    assert all(step["maps"] is not None for step in steps)
-
-def test_initialization_follows_the_seed_and_only_matrices_have_weight_decay(tmp_path):
-    models = [train_cifar.build_model(parse("--seed", seed), train_cifar.load_encoder(
-        parse("--seed", seed))) for seed in (0, 0, 1)]
-    states = [model.encoder.state_dict()["blocks.0.mlp.fc1.weight"] for model in models]
-    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
-    optimizer = train_cifar.build_optimizer(models[0])
-    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    matrices = {m.weight for m in models[0].modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    assert decay == {p: 0.05 * (p in matrices) for p in models[0].parameters() if p.requires_grad}
+    optimizer = train_cifar.build_optimizer(model)
+    matrices = {m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    for group in optimizer.param_groups:
+        assert {0.05 * (p in matrices) for p in group["params"]} == {group["weight_decay"]}
     assert optimizer.defaults["betas"] == (0.9, 0.95)
 
-def test_a_run_says_what_it_reads_and_how_far_it_is(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(train_cifar.SHOWN, "next", 0)
-    monkeypatch.setattr(train_cifar.time, "time", itertools.count(0, 7).__next__)
-    run(tmp_path, "--epochs", 1, "--update-interval", 1)
-    said = capsys.readouterr().out
-    assert "shapes: 70 training, 70 test images, checksum " in said
-    pattern = r"pretraining 1/1, step \d/2, loss [\d.]+, \d:\d\d:\d\d left, \d+ images/s"
-    assert re.search(pattern, said) and "encoder.pth" in said.splitlines()[-1]
-    train_cifar.SHOWN["next"] = 0
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("COLUMNS", "20")
-    train_cifar.show_progress(lambda: 30 * "x")
-    assert capsys.readouterr().out == "\r\033[K" + 19 * "x"
+def test_pretraining_may_start_from_an_encoder_and_then_has_maps_at_once(tmp_path, monkeypatch):
+    torch.save(unsettle(train_cifar.load_encoder(parse())).state_dict(), tmp_path / "e.pth")
+    weights = record(monkeypatch, amt, "crop_weights")
+    run(tmp_path / "out", "--checkpoint", tmp_path / "e.pth", "--blr", 0, "--epochs", 1)
+    assert_same(dict(torch.load(tmp_path / "e.pth")), torch.load(tmp_path / "out/encoder.pth"))
+    assert len(weights) == 4
+
+# ==== Data ========================================================================================
+
+PHOTO_SIZES = [(90, 60), (40, 100), (64, 64), (300, 200)]      # width, height
+ASPECTS = torch.tensor([width / height for width, height in PHOTO_SIZES]).repeat(5)
+
+def make_photos(root):
+    """16 images to train on and, of class b only, 4 to test on. Red rises from left to right, green
+    from top to bottom, and blue is 10 times the number of the image."""
+    for i in range(20):
+        width, height = PHOTO_SIZES[i % 4]
+        kind = root / ("train" if i < 16 else "val") / "ab"[i >= 8]
+        kind.mkdir(parents=True, exist_ok=True)
+        y, x = np.mgrid[0:255:1j * height, 0:255:1j * width]
+        pixels = np.stack([x, y, 0 * x + 10 * i], axis=2)
+        suffix = "jpg" if i % 4 == 3 else "png"
+        Image.fromarray(pixels.astype(np.uint8)).save(kind / f"{i:02}.{suffix}", quality=95)
+    return root
+
+def on_disk(root, *flags):
+    return ["--dataset", "imagenet", "--data-path", root, "--model", "vit_tiny", "--img-size", 32,
+            "--square-size", 48, "--accum-steps", 1, *flags]
+
+def number_of(squares):
+    blue = squares[:, 2].mean(dim=(1, 2))
+    return (blue / 10).round().long()
+
+@pytest.mark.parametrize("dataset", ["imagenet", "folder"])
+def test_photos_are_squashed_to_squares_and_keep_their_aspect(dataset, tmp_path):
+    args = parse(*on_disk(make_photos(tmp_path), "--dataset", dataset))
+    train, test = train_cifar.load_data(args)
+    assert (train.squares is None) == (dataset == "imagenet")
+    assert train.labels.tolist() == 8 * [0] + 8 * [1]
+    assert test.labels.tolist() == 4 * [1]
+    assert train.mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
+
+    order = torch.randperm(16, generator=rng()).split(5)
+    for wanted, (ids, squares, aspect) in zip(order, train.read(order), strict=True):
+        assert torch.equal(ids, wanted) and torch.equal(number_of(squares), ids)
+        assert torch.equal(aspect, ASPECTS[ids]) and squares.shape[1:] == (3, 48, 48)
+        ramp = 255 * (torch.arange(48) + 0.5) / 48
+        assert (squares[:, 0] - ramp).abs().max() < 9
+        assert (squares[:, 1] - ramp[:, None]).abs().max() < 9
+
+    # The central square has 0.875 of the short side. Ramps tell what a crop shows.
+    (_, squares, aspect), = test.read([torch.arange(4)])
+    central = test.central(squares, aspect) * test.std + test.mean
+    place = (torch.arange(32) + 0.5) / 32 - 0.5
+    for (width, height), (red, green, _) in zip(PHOTO_SIZES, central):
+        side = 0.875 * min(width, height)
+        assert_close(red[16], 255 * (0.5 + place * side / width), rtol=0, atol=8)
+        assert_close(green[:, 16], 255 * (0.5 + place * side / height), rtol=0, atol=8)
+    small = squares[:, :, :32, :32]                      # as crops: they are taken whole
+    assert torch.equal(test.central(small, aspect), test.whole(small))
+
+def test_a_run_on_photos_crops_by_their_aspect_and_maps_the_whole(tmp_path, monkeypatch):
+    thetas = record(monkeypatch, amt, "random_crops")
+    crops = record(monkeypatch, amt, "crop")
+    maps = record(monkeypatch, amt, "attention_maps")
+    central = record(monkeypatch, train_cifar.Images, "central")
+    run(tmp_path / "out", *on_disk(make_photos(tmp_path)), "--epochs", 2, "--update-interval", 1,
+        "--finetune-epochs", 1)
+    assert len(thetas) == 6                              # 2 mini-batches in each epoch
+    assert len(central) == 3 + 1                         # of the probe and of the test
+    for theta in thetas:
+        squares = [x.x for x in crops if x.theta is theta.result and x.mode == "bicubic"]
+        assert torch.equal(theta.image_ratio, ASPECTS[number_of(squares[0])])
+
+    ramp = 255 * (torch.arange(32) + 0.5) / 32
+    for call in maps:                                    # of pictures, too
+        red, green, _ = (call.images * 57.4 + 117).unbind(dim=1)
+        assert (red - ramp).abs().max() < 15
+        assert (green - ramp[:, None]).abs().max() < 15
+
+def test_a_jpeg_is_never_decoded_smaller_than_the_square(tmp_path, monkeypatch):
+    Image.new("RGB", (600, 400)).save(tmp_path / "a.jpg")
+    decoded = record(monkeypatch, v2.functional, "resize")
+    for size, height in {48: 50, 51: 100, 300: 400}.items():
+        images = train_cifar.Images(SimpleNamespace(square_size=size), [], [])
+        square, aspect = images.decode(str(tmp_path / "a.jpg"))
+        assert square.shape == (size, size, 3) and aspect == 1.5
+        assert decoded[-1].inpt.shape[1] == height
+
+PNG_OF_16_BITS = bytes.fromhex(                          # a pixel, as Pillow cannot write it
+    "89504e470d0a1a0a0000000d4948445200000001000000011002000000c0e78f9d0000"
+    "000c4944415478da63e0ff0f820009b2032b3ad493090000000049454e44ae426082")
+
+def test_a_file_that_cannot_be_used_is_named(tmp_path):
+    page = Image.effect_noise((64, 64), 50)
+    page.save(tmp_path / "cut.jpg")
+    page.save(tmp_path / "pages.tif", save_all=True, append_images=[page])
+    Image.new("I;16", (8, 8)).save(tmp_path / "gray16.png")
+    Image.new("F", (8, 8)).save(tmp_path / "float.tif")
+    for name, content in {"text.png": b"text", "color16.png": PNG_OF_16_BITS,
+                          "cut.jpg": (tmp_path / "cut.jpg").read_bytes()[:-200]}.items():
+        (tmp_path / name).write_bytes(content)
+
+    images = train_cifar.Images(SimpleNamespace(square_size=48), [], [])
+    for name, words in {"text.png": "", "cut.jpg": "truncated", "pages.tif": "it has 2 pages",
+                        "gray16.png": "than 8 bits", "color16.png": "than 8 bits",
+                        "float.tif": "than 8 bits"}.items():
+        with pytest.raises(train_cifar.UserError, match=f"cannot decode .*{name}.*{words}"):
+            images.decode(str(tmp_path / name))
+
+def test_labels_may_be_in_tiny_imagenets_notes_or_missing(tmp_path):
+    root = make_photos(tmp_path)
+    (root / "val/b").rename(root / "val/images")
+    lines = [f"{path.name}\t{kind}\t0\t0\t9\t9"
+             for path, kind in zip(sorted(root.glob("val/images/*")), "baab")]
+    (root / "val/val_annotations.txt").write_text("\n".join(lines) + "\n\n")
+    _, test = train_cifar.load_data(parse(*on_disk(root), "--dataset", "tiny-imagenet"))
+    assert test.labels.tolist() == [1, 0, 0, 1]
+
+    shutil.rmtree(root / "val")
+    shutil.rmtree(root / "train/a")
+    (root / "train/b").rename(root / "train/all")
+    run(tmp_path / "out", *on_disk(root), "--epochs", 1)
+    assert column(tmp_path / "out/log.csv", "probe_cls") == [None]
+
+class FakeDownload:
+    """A dataset of torchvision: 40 images to train on, of which 17 have labels, and 4 to test."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+    pixels[:, :, :, 2] = 7                               # constant
+    base_folder, classes = "fake", list("abc")
+
+    def __init__(self, root, train=True, split="train+unlabeled", download=False):
+        n = 40 if train and split == "train+unlabeled" else 4
+        self.data = self.pixels[:n]
+        self.targets = [i % 3 for i in range(n)]
+        if root == "stl10":
+            self.data = self.data.transpose(0, 3, 1, 2)
+            self.labels = np.array(self.targets)
+            self.labels[17:] = -1
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
+def test_downloads_are_read_and_only_images_with_labels_are_finetuned(name, tmp_path, monkeypatch):
+    assert getattr(train_cifar, name.upper()).__name__.lower() == name
+    monkeypatch.setattr(train_cifar, name.upper(), FakeDownload)
+    flags = ["--dataset", name, "--data-path", name, "--img-size", 32, "--accum-steps", 1]
+    train, test = train_cifar.load_data(parse(*flags))
+    pixels = FakeDownload.pixels.transpose(0, 3, 1, 2)
+    assert np.array_equal(train.squares, pixels)
+    assert np.array_equal(test.squares, pixels[:4])
+    n = 17 if name == "stl10" else 40
+    assert train.labels.tolist() == [i % 3 for i in range(n)]
+
+    reads = record(monkeypatch, train_cifar.Images, "read")
+    run(tmp_path, *flags, "--epochs", 1, "--finetune-epochs", 1)
+    seen = [max(map(max, x.batches)) for x in reads if len(x.self) == 40]
+    pretraining, probe, finetuning = seen
+    assert pretraining > 20 and probe == n - 1 and finetuning < n
 
 # ==== Linear probe and fine-tuning ================================================================
 
-def colors(n):
-    """n squares in four colors, darker on the left, and the colors as labels."""
-    labels = torch.arange(n) % 4
-    color = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]])[labels]
-    return (color[:, :, None, None] * torch.linspace(0.5, 1, 32).expand(32, 32)).byte(), labels
+def test_the_probe_reads_cls_and_the_mean_of_the_patches():
+    labels = torch.arange(60) % 3
+    colors = 255 * F.one_hot(labels).byte()
+    squares = colors[:, :, None, None].expand(-1, -1, 32, 32)
+    train = train_cifar.Images(parse(), labels.tolist(), list("abc"), squares)
+    labels[40] = 0                                       # is wrong: 40 of 41 are right
+    test = train_cifar.Images(parse(), labels[:41].tolist(), list("abc"), squares[:41])
 
-def images_of(args, squares, labels):
-    images = train_cifar.Images(args, labels.tolist(), list("abcd"), squares)
-    images.mean, images.std, images.about = torch.tensor(100.0), torch.tensor(50.0), {}
-    return images
-
-def test_the_probe_reads_both_readouts_of_whole_images(monkeypatch):
-    args, (squares, labels) = parse(), colors(41)
-    labels[40] = 3                                       # is wrong: 40 of 41 are right
-    train, test = images_of(args, *colors(64)), images_of(args, squares, labels)
-    seen = []
-
-    class Encoder(nn.Module):                            # [CLS] tells nothing
+    class Encoder:                                       # whose [CLS] tells nothing
         embed_dim = 3
 
-        def forward(self, images):
-            assert not self.training and not torch.is_grad_enabled()
-            seen.append(images)
-            patches = images.mean(dim=(2, 3))
-            noise = 100 * torch.randn(patches.shape, generator=rng(len(seen)))
-            return torch.stack([noise, patches + 1, patches - 1], dim=1)
+        def __call__(self, images):
+            assert not torch.is_grad_enabled()
+            color = images.mean(dim=(2, 3))
+            return torch.stack([0 * color + 5, color + 1, color - 3], dim=1)
 
-    found = train_cifar.linear_probe(args, train, test, Encoder().train())
-    assert found["probe_mean"] == f"{100 * 40 / 41:.2f}" and float(found["probe_cls"]) < 50
-    pixels = torch.cat([train.squares, squares]).float()
-    torch.testing.assert_close(torch.cat(seen), (pixels - 100) / 50)
-
-def test_nearest_neighbors_vote_with_the_exponential_of_their_cosine_similarity():
-    knn = runpy.run_path(str(Path(__file__).parent / "docs/knn.py"))["knn"]
-    x, x_test = torch.randn(30, 4, generator=rng()) + 0.5, torch.randn(1001, 4, generator=rng(1))
-    y = torch.arange(30) % 3
-    votes = knn(x, y, x_test, k=5, temperature=0.5)
-    for i in (0, 7, 1000):
-        near = sorted(((F.cosine_similarity(x_test[i], x[j], 0).item(), y[j].item())
-                       for j in range(30)), reverse=True)[:5]
-        expected = [sum(math.exp(s / 0.5) for s, label in near if label == c) for c in range(3)]
-        assert votes[i].tolist() == pytest.approx(expected, rel=1e-4)
+    x = train_cifar.features(parse(), train, Encoder())
+    color = ((train.squares - train.mean) / train.std)[:, :, 0, 0]
+    assert (x[:, 0] == 5).all()
+    assert_close(x[:, 1], color - 1)
+    found = train_cifar.linear_probe(parse(), train, test, Encoder())
+    assert found["probe_mean"] == f"{100 * 40 / 41:.2f}" and float(found["probe_cls"]) < 40
 
 def optimum(x, y, penalty):
     """The linear classifier of standardized x with the least penalized loss, in float64."""
@@ -1048,401 +1095,313 @@ def test_the_linear_classifier_is_the_optimum_on_all_images_at_the_penalty_that_
     assert min(distances, key=distances.get) == 3         # what this seed's tenth prefers
     assert distances[3] < 2e-3
 
-@pytest.mark.parametrize("flags, decay", [([], 0.75), (["--checkpoint", "none", "--epochs", 0], 1)])
-def test_finetuning_decays_the_rate_by_layer_mixes_smooths_and_crops(flags, decay, tmp_path,
-                                                                     monkeypatch):
-    args = parse("--depth", 2, "--accum-steps", 1, "--finetune-epochs", 8, "--finetune-blr", 3e-2,
-                 "--out-dir", tmp_path, *flags)
-    squares, labels = colors(37)
-    labels[36] += 1                                      # is wrong: 36 of 37 are right
-    train, test = images_of(args, *colors(64)), images_of(args, squares, labels)
-    encoder = unsettle(amt.vit_tiny(img_size=32, patch_size=8, depth=2))
-    targets, inputs, rates, cross_entropy, runs = [], [], set(), F.cross_entropy, []
+def test_a_classifier_reads_cls_and_drops_more_paths_in_later_layers(monkeypatch):
+    model = train_cifar.Classifier(tiny_vit(), 5)
+    assert model.head.weight.abs().max() < 1e-4
+    unsettle(model.head)
+    encoder, images = model.encoder, random_images(4)
+    assert_close(model.eval()(images), model.head(encoder(images)[:, 0]))
 
-    def entropy(logits, target, label_smoothing):
-        targets.append(target)
-        assert label_smoothing == 0.1
-        return cross_entropy(logits, target, label_smoothing=label_smoothing)
+    dropped = record(monkeypatch, train_cifar, "stochastic_depth")
+    model.train()(images)
+    assert [x.p for x in dropped] == pytest.approx([0, 0, 0.05, 0.05, 0.1, 0.1])
+    assert {(x.mode, x.training) for x in dropped} == {("row", True)}
+    monkeypatch.setattr(train_cifar, "stochastic_depth", lambda x, *rest: 0 * x)
+    rest = encoder.norm(encoder.embed(images))           # all paths are dropped
+    assert_close(model(images), model.head(rest[:, 0]))
 
-    init = train_cifar.Run.__init__
-    monkeypatch.setattr(F, "cross_entropy", entropy)
-    monkeypatch.setattr(train_cifar.Run, "__init__",
-                        lambda self, *x: runs.append(self) or init(self, *x))
-    monkeypatch.setattr(train_cifar, "stochastic_depth",
-                        lambda x, p, *rest: rates.add((round(p, 6), *rest)) or x)
-    encoder.patch_embed.register_forward_pre_hook(
-        lambda module, x: inputs.append(x[0]) if module.training else None)
-    train_cifar.finetune(args, train, test, encoder)
-    assert rates == {(p, "row", training) for p in (0, 0.1) for training in (True, False)}
-    run_, = runs
-    assert run_.optimizer.defaults["betas"] == (0.9, 0.999) and run_.warmup == 0
-    last = 3e-2 * 16 / 256 * (0.5 + 0.5 * math.cos(math.pi * 31 / 32))
-    groups = run_.optimizer.param_groups
-    rates = {p: group["lr"] / last for group in groups for p in group["params"]}
+@pytest.mark.parametrize("checkpoint, decay", [("e.pth", 0.75), ("none", 1)])
+def test_finetuning_follows_the_recipe(checkpoint, decay, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(train_cifar.load_encoder(parse("--depth", 2)).state_dict(), "e.pth")
+    steps = record(monkeypatch, train_cifar.Step, "__init__")
+    losses = record(monkeypatch, F, "cross_entropy")
+    rates = record(monkeypatch, train_cifar, "schedule")
+    crops = record(monkeypatch, amt, "random_crops")
+    modes = record(monkeypatch, train_cifar, "outputs")
+    run("out", "--epochs", 0, "--checkpoint", checkpoint, "--depth", 2, "--finetune-epochs", 20,
+        "--num-images", 16)
+
+    # A step of two mini-batches in each epoch, the first of which is warm-up.
+    step, = steps
+    assert {int(state["step"]) for state in step.optimizer.state.values()} == {20}
+    assert len(losses) == len(crops) == 40
+    for call in rates:
+        assert (call.warmup, call.epochs, call.peak) == (1, 20, 1e-3 * 16 / 256)
+    assert {x.scale for x in crops} == {(0.2, 1.0)}
+    assert {x.label_smoothing for x in losses} == {0.1}
+    assert column("out/finetune-log.csv", "loss")[0] == pytest.approx(math.log(10), abs=0.02)
+    assert len(modes) == 20 and not any(x.function.training for x in modes)
+    mixed = torch.cat([x.target for x in losses])
+    assert_close(mixed.sum(dim=1), torch.ones(320))
+    assert (mixed.amax(dim=1) < 0.999).float().mean() > 0.5
+
+    groups = step.optimizer.param_groups
+    assert step.optimizer.defaults["betas"] == (0.9, 0.999)
+    assert all(p.grad is None for p in step.model.parameters())
+    scales = {p: group["lr_scale"] for group in groups for p in group["params"]}
+    assert groups[0]["lr"] == pytest.approx(rates[-1].result * groups[0]["lr_scale"])
     layers = {"encoder.cls_token": 0, "encoder.patch_embed": 0, "encoder.blocks.0": 1,
               "encoder.blocks.1": 2, "encoder.norm": 3, "head": 3}
-    for name, p in run_.model.named_parameters():
+    for name, p in step.model.named_parameters():
         if p.requires_grad:
             layer, = (layer for start, layer in layers.items() if name.startswith(start))
-            assert rates[p] == pytest.approx(decay ** (3 - layer))
-    assert column(tmp_path, "test_accuracy", "finetune-")[-1] == round(100 * 36 / 37, 2)
-    mixed = torch.cat(targets)
-    torch.testing.assert_close(mixed.sum(dim=1), torch.ones(512))
-    assert 0.2 < (mixed.amax(dim=1) < 0.999).float().mean() < 0.95
-    x = amt.unpatchify(torch.cat(inputs), 8)
-    rise = (x[:, :, 0, -1] - x[:, :, 0, 0]).amax(dim=1)
-    assert (rise > 0.1).any() and (rise < -0.1).any() and rise.abs().std() > 0.1      # flips, crops
+            assert scales[p] == pytest.approx(decay ** (3 - layer))
 
-@pytest.mark.parametrize("flags", [[], ["--finetune-randaugment"]])
-def test_randaugment_changes_each_image_only_if_asked(flags, tmp_path, monkeypatch):
-    given = []
-    monkeypatch.setattr(v2.RandAugment, "forward", lambda self, x: given.append(x) or x)
-    run(tmp_path, "--checkpoint", "none", "--epochs", 0, "--finetune-epochs", 1, *flags)
-    assert [x.dtype for x in given] == len(flags) * 64 * [torch.uint8]
+# ==== Runs that are killed, and their files =======================================================
 
-@pytest.mark.parametrize("kind", ["script", "timm", "mae", "dino", "compiled", "other grid"])
-def test_encoders_of_each_kind_load(kind, tmp_path, capsys):
-    size = 64 if kind == "other grid" else 32
-    encoder = unsettle(amt.vit_tiny(img_size=size, patch_size=4, depth=1))
-    line = (2 * torch.arange(size // 4) + 1) / (size // 4) - 1               # centers of patches
-    encoder.pos_embed.data[0, 1:, :2] += torch.cartesian_prod(line, line)
-    content = state = dict(encoder.state_dict())
-    decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 5, 8)}
-    if kind == "script":
-        content = {"model": {f"encoder.{k}": p for k, p in state.items()} | decoder, "step": 3}
-    if kind == "timm":
-        content = state | {"head.weight": torch.zeros(7, 192), "head.bias": torch.zeros(7)}
-    if kind == "mae":
-        content = {"model": state | decoder, "args": argparse.Namespace(lr=0.1), "epoch": 800}
-    if kind == "dino":
-        content = {"student": {}, "teacher": {f"backbone.{k}": p for k, p in state.items()}
-                   | {"head.mlp.0.weight": torch.zeros(2)}}
-    if kind == "compiled":
-        content = {"state_dict": {f"module._orig_mod.{k}": p for k, p in state.items()}}
-    torch.save(content, tmp_path / "saved.pth")
-    flags = ["--epochs", 0, "--checkpoint", tmp_path / "saved.pth", "--patch-size", 4]
-    loaded = dict(train_cifar.load_encoder(parse(*flags)).state_dict())
-    if kind == "other grid":                             # the mean of 2 x 2 is close
-        new, old = (x.pop("pos_embed") for x in (loaded, state))
-        assert torch.equal(new[:, 0], old[:, 0])
-        old = F.avg_pool2d(old[0, 1:].T.view(1, -1, 16, 16), 2).flatten(2).mT
-        torch.testing.assert_close(new[:, 1:, :2], old[:, :, :2], rtol=0, atol=0.1)
-    assert_same(loaded, state)
-    assert "need depth 1, embed_dim 192 and patch_size 4, got 2, 192 and 8" in error(
-        capsys, tmp_path / "out", *flags[:4], "--depth", 2)
+class Killed(BaseException):
+    """What the script can catch as little as SIGKILL."""
 
-# ==== Data ========================================================================================
+def kill_at(patch, call, owner, name):
+    """The script dies at that call of a function, the first being 1."""
+    function, calls = getattr(owner, name), iter(range(1, 10 ** 6))
 
-def make_pictures(root):
-    """Pictures whose red rises from left to right and whose green rises from top to bottom."""
-    for i, (w, h) in enumerate([(90, 60), (40, 100), (64, 64), (300, 200)] * 5):
-        kind = root / ("train" if i < 16 else "val") / "ab"[i % 2]
-        kind.mkdir(parents=True, exist_ok=True)
-        x = np.broadcast_to(np.linspace(0, 255, w), (h, w))
-        y = np.broadcast_to(np.linspace(0, 255, h)[:, None], (h, w))
-        image = Image.fromarray(np.stack([x, y, np.full((h, w), 10 * i)], 2).astype(np.uint8))
-        image.save(kind / f"{i}.{'jpg' if i % 4 == 3 else 'png'}", quality=95)
-    return root
+    def dying(*args, **kwargs):
+        if next(calls) == call:
+            raise Killed
+        return function(*args, **kwargs)
 
-def on_disk(root, *flags):
-    return ["--dataset", "imagenet", "--data-path", root, "--model", "vit_tiny", "--batch-size", 4,
-            "--square-size", 48, "--accum-steps", 1, *flags]
+    patch.setattr(owner, name, dying)
 
-@pytest.mark.parametrize("dataset", ["imagenet", "folder"])
-def test_files_become_squares_and_crops_show_what_torchvision_would(dataset, tmp_path):
-    args = parse(*on_disk(make_pictures(tmp_path)), "--dataset", dataset)
-    train, test = train_cifar.load_data(args)
-    assert (train.squares is None) == (dataset == "imagenet")
-    assert (len(train), len(test), train.classes) == (16, 4, ["a", "b"])
-    assert train.labels.tolist() == 8 * [0] + 8 * [1] and test.labels.tolist() == [0, 0, 1, 1]
-    assert train.about["mean"] == [0.485, 0.456, 0.406]
-    assert train.about["std"] == [0.229, 0.224, 0.225]
-    files = sorted((tmp_path / "train/a").iterdir()) + sorted((tmp_path / "train/b").iterdir())
-    order = torch.randperm(16, generator=rng()).split(5)
-    read = list(train.read(order))
-    assert [ids.tolist() for ids, _, _ in read] == [ids.tolist() for ids in order]
-    for ids, squares, ratio in read:
-        theta = amt.random_crops(len(ids), generator=rng(3), image_ratio=ratio)
-        crops = amt.crop(squares, theta, 32, "bicubic")
-        for i, crop, (row_x, row_y) in zip(ids, crops, theta.tolist()):
-            image = Image.open(files[i])
-            assert crop[2].mean().item() == pytest.approx(10 * int(files[i].stem), abs=3)
-            w, h = abs(row_x[0]), row_y[1]
-            left, top = (1 + row_x[2] - w) / 2, (1 + row_y[2] - h) / 2
-            assert 0.74 < w * image.width / (h * image.height) < 1.34 or max(w, h) == 1
-            red = crop[0, 16, [4, 27]] if row_x[0] > 0 else crop[0, 16, [27, 4]]
-            x = left + w * torch.tensor([4.5, 27.5]) / 32
-            y = top + h * torch.tensor([4.5, 27.5]) / 32
-            torch.testing.assert_close(red, 255 * x, rtol=0, atol=8)
-            torch.testing.assert_close(crop[1, [4, 27], 16], 255 * y, rtol=0, atol=8)
-    (_, squares, ratio), = test.read([torch.arange(4)])
-    central = test.central(squares, ratio) * test.std + test.mean
-    for i, (w, h) in enumerate([(90, 60), (64, 64), (40, 100), (300, 200)]):
-        half = 0.875 * min(w, h) / w / 2
-        ends = 255 * (0.5 + half * (2 * torch.tensor([4.5, 27.5]) / 32 - 1))
-        torch.testing.assert_close(central[i, 0, 16, [4, 27]], ends, rtol=0, atol=8)
+@pytest.mark.parametrize("call, owner, name, seconds, redone", [
+    (27, amt, "random_crops", 0, 24 + 8),                # in epoch 7: after the save of epoch 4
+    (27, amt, "random_crops", 61, 16 + 8),               # a save each minute: after epoch 6
+    (9, amt, "attention_maps", 0, 8 + 8),                # amid the maps after epoch 8
+    (13, os, "replace", 0, 24 + 8),                      # in the save of epoch 8
+    (2, train_cifar, "linear_classifier", 0, 8),
+    (40 + 6, amt, "random_crops", 61, 4),                # in epoch 2 of fine-tuning
+    (4, train_cifar, "accuracy", 0, 0)])                 # in its last evaluation
+def test_a_killed_run_ends_as_an_unbroken_one_once_resumed(
+        call, owner, name, seconds, redone, finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, call, owner, name)
+        if seconds:                                      # that seem to pass between two looks
+            clock = iter(range(0, 10 ** 6, seconds))
+            patch.setattr(train_cifar, "time", SimpleNamespace(time=clock.__next__))
+        run(tmp_path, "--finetune-epochs", 2)
+    crops = record(monkeypatch, amt, "random_crops")
+    resume(tmp_path)
+    assert len(crops) == redone                          # mini-batches
+    assert_same(contents(tmp_path), contents(finished.out))
 
-def test_draft_never_decodes_smaller_than_the_square(tmp_path, monkeypatch):
-    noise = np.random.default_rng(0).integers(0, 256, (400, 600, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize((600, 400)).save(tmp_path / "a.jpg")
-    images = train_cifar.Images(parse(*on_disk(tmp_path)), [0], ["a"], files=["a.jpg"])
-    sizes, resize = [], v2.functional.resize
-    monkeypatch.setattr(v2.functional, "resize",
-                        lambda x, *rest: sizes.append(tuple(x.shape)) or resize(x, *rest))
-    for size, decoded in [(48, (3, 50, 75)), (51, (3, 100, 150)), (300, (3, 400, 600))]:
-        images.args.square_size = size
-        assert images.decode(str(tmp_path / "a.jpg"))[0].shape == (size, size, 3)
-        assert sizes[-1] == decoded
+def test_a_resumed_run_keeps_its_flags_and_names_what_changes(finished, tmp_path, monkeypatch,
+                                                              capsys):
+    flags = ["--resume", "--out-dir", str(finished.out), "--epochs", "12", "--blr", "1"]
+    args = train_cifar.parse_args(flags)
+    saved = torch.load(finished.out / "checkpoint.pth")["args"]
+    assert vars(args) == saved | dict(epochs=12, blr=1.0, resume=True)
+    assert "changed: epochs 10 -> 12, blr 0.02 -> 1.0\n" in capsys.readouterr().out
 
-def test_files_that_cannot_be_used_are_named_and_reading_can_be_left(tmp_path, capsys):
-    root = make_pictures(tmp_path / "images")
-    train = train_cifar.load_data(parse(*on_disk(root)))[0]
-    reading = train.read(torch.arange(16).split(4))
-    next(reading)
-    reading.close()                                      # ends the threads
-    (root / "train/a/0.png").write_bytes((root / "train/a/2.png").read_bytes()[:-300])
-    assert "cannot decode" in error(capsys, tmp_path / "o", *on_disk(root))
-    Image.fromarray(np.zeros((8, 8), np.uint16)).save(root / "train/a/0.png")
-    assert "0.png: mode I;16 has more than 8 bits" in error(capsys, tmp_path / "o", *on_disk(root))
-    (root / "train/a/0.png").unlink()
-    (root / "train/a").rename(root / "train/c")
-    said = error(capsys, tmp_path / "p", *on_disk(root))
-    assert "val has classes that train/ has not: {'a'}" in said
-    shutil.rmtree(root / "val")
-    shutil.rmtree(root / "train/b")
-    run(tmp_path / "q", *on_disk(root), "--epochs", 3)   # one class and no val/ are enough
-    assert column(tmp_path / "q", "probe_cls") == [None, None, None]
-    assert "needs two classes" in error(capsys, tmp_path / "r", *on_disk(root), "--epochs", 0,
-                                        "--checkpoint", "none", "--finetune-epochs", 1)
-
-def test_tiny_imagenet_has_its_own_validation_labels(tmp_path):
-    root = make_pictures(tmp_path)
-    (root / "val/images").mkdir()
-    for file in [*root.glob("val/a/*"), *root.glob("val/b/*")]:
-        file.rename(root / "val/images" / file.name)
-    (root / "val/a").rmdir(), (root / "val/b").rmdir()
-    names = sorted(file.name for file in root.glob("val/images/*"))
-    lines = [f"{name}\t{kind}\t0\t0\t9\t9" for name, kind in zip(names, "baab")]
-    (root / "val/val_annotations.txt").write_text("\n".join(lines))
-    _, test = train_cifar.load_data(parse(*on_disk(root), "--dataset", "tiny-imagenet"))
-    assert test.labels.tolist() == [1, 0, 0, 1]
-
-class Fake:
-    """A download of torchvision: 40 images to train on, of which 17 have labels, and 4 to test."""
-    pixels, base_folder, classes = np.zeros((40, 32, 32, 3), np.uint8), "fake", list("abc")
-    pixels[:, :, :, :2] = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 2))   # blue is 0
-
-    def __init__(self, root, train=True, split="train+unlabeled", download=False):
-        n = 4 if split == "test" or not train else 40
-        self.data, self.targets = self.pixels[:n], [i % 3 for i in range(n)]
-        if root == "stl10":
-            self.data = self.data.transpose(0, 3, 1, 2)
-            self.labels = np.array([x if i < 17 else -1 for i, x in enumerate(self.targets)])
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
-def test_downloads_are_torchvisions_and_only_images_with_labels_are_finetuned(
-        name, tmp_path, monkeypatch, capsys):
-    real, *splits = train_cifar.DOWNLOADS[name]
-    assert real.__name__.lower() == name
-    fake = type("STL10" if name == "stl10" else "CIFAR", (Fake,), {})
-    monkeypatch.setitem(train_cifar.DOWNLOADS, name, (fake, *splits))
-    monkeypatch.setattr(train_cifar, "STL10", fake if name == "stl10" else None)
-    flags = ["--dataset", name, "--data-path", name]
-    (train, test), pixels = train_cifar.load_data(parse(*flags)), Fake.pixels.transpose(0, 3, 1, 2)
-    assert np.array_equal(train.squares, pixels) and np.array_equal(test.squares, pixels[:4])
-    n = 17 if name == "stl10" else 40
-    assert train.labels.tolist() == [i % 3 for i in range(n)] and test.labels.dtype == torch.int64
-    read, seen = train_cifar.Images.read, []
-    monkeypatch.setattr(train_cifar.Images, "read", lambda self, batches, text="": (
-        seen.append(max(map(max, batches)).item()) if len(batches) > 1 else None) or read(
-            self, batches, text))
-    run(tmp_path, *flags, "--batch-size", 8, "--epochs", 3, "--finetune-epochs", 1,
-        "--img-size", 16, "--patch-size", 4)
-    assert max(seen) > 34 and seen[-1] < n               # a constant channel did not give nan
-    if name == "stl10":                                  # 17 have labels, a step takes 32
-        said = error(capsys, tmp_path / "few", *flags, "--batch-size", 16, "--finetune-epochs", 1)
-        assert "a label for as many images as a step takes, 32" in said
-        assert not list((tmp_path / "few").iterdir())
-
-def test_neither_the_outline_nor_the_texture_of_a_shape_tells_its_class():
-    shapes = SHAPES(parse(), 600, 3)
-    images, labels = shapes.squares, shapes.labels
-    assert images.shape == (600, 3, 32, 32) and labels.bincount().tolist() == 10 * [60]
-    outlines, textures = torch.zeros(2, 10, 32, 32)
-    # The object has the two colors, a dark and a light one, that most pixels have.
-    for image, label in zip(images.long(), labels):
-        code = (image * torch.tensor([65536, 256, 1])[:, None, None]).sum(dim=0)
-        values, counts = code.unique(return_counts=True)
-        dark, light = (code == values[counts.topk(2).indices].sort().values[:, None, None]).float()
-        outlines[label] += (dark + light) / 60
-        textures[label] += (light - dark) / 60
-    for c in range(5, 10):
-        assert (outlines[c] - outlines[c - 5]).abs().mean() < 0.06           # the same outline
-        both = (outlines[c] > 0.8) & (outlines[:5] > 0.8)
-        far = ((textures[c] - textures[:5]).abs() * both).sum(dim=(1, 2)) / both.sum(dim=(1, 2))
-        assert far.argmin() == (c + 1) % 5               # has the texture of another class
-
-# ==== Runs that are stopped, and several processes ================================================
-
-@pytest.mark.parametrize("call, number, prefix, step", [
-    (13, signal.SIGTERM, "", 7),                         # in the middle of epoch 4
-    (8, signal.SIGINT, "", 4),                           # at the end of epoch 2, before new maps
-    (24 + 3, signal.SIGHUP, "finetune-", 2)])
-def test_a_run_that_a_signal_stops_ends_as_an_unbroken_one_once_resumed(
-        call, number, prefix, step, finished, tmp_path, monkeypatch, capsys):
-    for ignored in (signal.SIGHUP, signal.SIGINT):       # as by nohup and in background jobs
-        signal.signal(ignored, signal.default_int_handler)
-    before, made, new_maps = signal.getsignal(number), [], train_cifar.new_maps
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
-        at_call(patch, call, lambda: [os.kill(os.getpid(), number) for _ in range(2)])
-        run(tmp_path, *ALL_STAGES)
-    assert caught.value.code == 128 + number and signal.getsignal(number) == before
-    assert "the same command with --resume continues" in capsys.readouterr().out
-    assert load(tmp_path / f"{prefix}checkpoint.pth")["step"] == step
-    monkeypatch.setattr(train_cifar, "new_maps", lambda *x: made.append(x[3]) or new_maps(*x))
-    run(tmp_path, "--resume", *ALL_STAGES)               # in the same process: a notebook
-    assert made == {7: [4], 4: [2, 4], 2: []}[step]      # a resume within an epoch makes none
-    for name in ("", "finetune-"):
-        assert_same(saved(tmp_path, name), saved(finished, name))
-    for name in ("encoder.pth", "finetuned.pth"):
-        assert_same(load(tmp_path / name), load(finished / name))
-
-def test_a_signal_ends_at_once_what_has_no_steps(tmp_path, monkeypatch):
-    def at(name):
-        found, original = [], getattr(train_cifar, name)
-        monkeypatch.setattr(train_cifar, name, lambda *args: found.append(
-            signal.getsignal(signal.SIGTERM) is train_cifar.on_signal) or original(*args))
-        return found
-    loading, probe = at("load_data"), at("linear_probe")
-    run(tmp_path, "--epochs", 0, "--checkpoint", "none")
-    run(tmp_path, "--epochs", 1, "--masking", "random")
-    assert (loading, probe) == ([False, False], [False, True])
-
-@pytest.mark.parametrize("call, step", [(1, 4), (6 + 1, 6)])          # of the maps, of the probe
-def test_a_signal_during_maps_or_the_probe_ends_within_a_mini_batch(call, step, finished, tmp_path,
-                                                                    monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
-        calls = at_call(patch, call, lambda: os.kill(os.getpid(), signal.SIGTERM),
-                        train_cifar.Images, "whole")
-        run(tmp_path, *ALL_STAGES)
-    assert caught.value.code == 128 + signal.SIGTERM and next(calls) == call + 1
-    assert load(tmp_path / "checkpoint.pth")["step"] == step
-    run(tmp_path, "--resume", *ALL_STAGES)
-    assert_same(saved(tmp_path), saved(finished))
-
-@pytest.mark.parametrize("where", [b"", b"half a checkpoint"])
-def test_a_run_killed_before_or_while_it_saves_ends_as_an_unbroken_one(where, finished, tmp_path,
-                                                                       monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        at_call(patch, 21, lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
-        run(tmp_path, *ALL_STAGES)
-    (tmp_path / "checkpoint.pth.part").write_bytes(where)
-    assert load(tmp_path / "checkpoint.pth")["step"] in (8, 10)
-    run(tmp_path, "--resume", *ALL_STAGES)
-    assert_same(saved(tmp_path), saved(finished))
-
-def test_two_processes_do_what_one_does_and_one_can_resume_them(tmp_path):
-    one, two = run(tmp_path / "one", "--finetune-epochs", 1, "--accum-steps", 4, "--probe-every", 2,
-                   "--batch-size", 8), tmp_path / "two"
-    flags = ["--finetune-epochs", 1, "--batch-size", 8, "--probe-every", 2, "--out-dir", two]
-    stop = "os.kill(os.getpid(), signal.SIGTERM)"
-    codes, said = processes(tmp_path, flags, flags, at=(1, 13, stop))
-    assert codes == 2 * [128 + signal.SIGTERM], said
-    assert load(two / "checkpoint.pth")["step"] == 7
-    run(two, *flags, "--accum-steps", 4, "--resume")
-    for prefix in ("", "finetune-"):
-        a, b = ({k: p for k, p in saved(x, prefix)["model"].items() if "qkv.bias" not in k}
-                for x in (one, two))                     # the gradient of a key's bias is noise
-        assert_same(a, b, rtol=0, atol=1e-4)
-        assert column(one, "loss", prefix) == pytest.approx(column(two, "loss", prefix), rel=1e-3)
-    for name in ("position_share", "probe_cls"):
-        assert column(one, name) == pytest.approx(column(two, name), abs=2)
-
-@pytest.mark.parametrize("other, words", [
-    (["--blr", 1e-3], "--blr"), (["--save-every", 1], "--save-every"),
-    (["--num-images", 64], "images checksum")])
-def test_processes_must_agree_on_flags_and_images(other, words, tmp_path):
-    codes, said = processes(tmp_path, ["--out-dir", tmp_path / "o"],
-                            ["--out-dir", tmp_path / "o", *other])
-    assert 0 not in codes and "has other flags or images" in said and words in said
-    assert not list((tmp_path / "o").iterdir())
-
-def test_nothing_is_saved_that_is_not_finite(tmp_path, monkeypatch, capsys):
-    forward, calls = amt.MAE.forward, itertools.count(1)
-
-    def spoiled(self, images, **sets):
-        loss, pred = forward(self, images, **sets)
-        return (loss * math.nan if next(calls) == 10 else loss), pred
-
-    monkeypatch.setattr(amt.MAE, "forward", spoiled)
-    said = error(capsys, tmp_path, "--save-every", 1)
-    assert "not finite after step 6" in said and said.endswith("Start anew with a lower --blr")
-    state = load(tmp_path / "checkpoint.pth")
-    assert state["step"] == 4 and all(p.isfinite().all() for p in state["model"].values())
-    assert all(p.isfinite().all() for p in load(tmp_path / "encoder.pth").values())
-    calls = itertools.count(3)                           # before the maps could notice it
-    assert "not finite after step 4" in error(capsys, tmp_path / "b")
-    assert not list((tmp_path / "b").glob("*.pth"))
-
-def test_a_run_with_other_settings_or_images_is_refused_before_anything_is_loaded(
-        finished, tmp_path, monkeypatch, capsys):
-    def no_data(args):
-        raise AssertionError("the data was loaded")
-
-    content = {path.name: path.read_bytes() for path in finished.iterdir()}
-    with monkeypatch.context() as patch:
-        patch.setattr(train_cifar, "load_data", no_data)
-        for flag, value in [("epochs", 8), ("seed", 1), ("weights", "uniform"), ("depth", 2),
-                            ("batch_size", 8), ("finetune_blr", 1.0), ("precision", "bf16"),
-                            ("checkpoint", "none")]:
-            other = [f"--{flag.replace('_', '-')}", value]
-            said = error(capsys, finished, "--resume", *ALL_STAGES, *other)
-            assert f"{flag} " in said and f"(here {value})" in said
-        assert "exists: continue it with --resume" in error(capsys, finished)
-    with monkeypatch.context() as patch:
-        shapes = train_cifar.shapes
-        patch.setattr(train_cifar, "shapes", lambda args, n, seed: shapes(args, n, seed + 5))
-        assert "images checksum" in error(capsys, finished, "--resume", *ALL_STAGES)
-    assert content == {path.name: path.read_bytes() for path in finished.iterdir()}
-    run(finished, "--resume", *ALL_STAGES, "--probe-every", 2, "--save-every", 2)    # these may
-
-class Hostile:
-    def __reduce__(self):
-        return os.mkdir, ("hostile",)
-
-def test_a_damaged_or_hostile_checkpoint_is_refused(finished, tmp_path, monkeypatch, capsys):
-    out, content = tmp_path / "out", (finished / "checkpoint.pth").read_bytes()
-    out.mkdir()
-    for i in (len(content) // 3, len(content) // 2):     # a bit of a weight, which torch reads
-        damaged = bytearray(content)
-        damaged[i] ^= 1
-        (out / "checkpoint.pth").write_bytes(damaged)
-        assert "cannot load" in error(capsys, out, "--resume", *ALL_STAGES)
-        assert (out / "checkpoint.pth").read_bytes() == damaged
-    torch.save({"settings": Hostile()}, out / "checkpoint.pth")
+    shutil.copytree(finished.out, tmp_path / "out")      # moved to the default of --out-dir
     monkeypatch.chdir(tmp_path)
-    assert "Weights only load failed" in error(capsys, out, "--resume", *ALL_STAGES)
-    assert not Path("hostile").exists()
+    assert train_cifar.parse_args(["--resume"]).out_dir == "out"
+    assert train_cifar.parse_args(["--resume", "--out-dir", "new"]).epochs == 400
+    assert "new has no checkpoint yet" in capsys.readouterr().out
 
-def test_a_file_that_cannot_be_written_keeps_what_was_there(tmp_path, monkeypatch):
-    def full(file):
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    def full(path, content):
+        with open(path, "wb") as file:
+            file.write(content[:5])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    train_cifar.write(tmp_path / "a.pth", {"a": 1})
-    monkeypatch.setattr(os, "fsync", full)
-    for content in ({"a": 2}, b"2"):
-        with pytest.raises(OSError, match="cannot write .*a.pth.* unharmed: .*No space left"):
-            train_cifar.write(tmp_path / "a.pth", content)
-        assert load(tmp_path / "a.pth") == {"a": 1} and len(list(tmp_path.iterdir())) == 1
+    args = SimpleNamespace(out_dir=tmp_path)
+    train_cifar.write(args, "a.pth", {"a": 1})
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for content in [{"a": 2}, b"text"]:
+        with pytest.raises(train_cifar.UserError, match="cannot write .*a.pth: No space left"):
+            train_cifar.write(args, "a.pth", content)
+        assert torch.load(tmp_path / "a.pth") == {"a": 1}
+        assert len(list(tmp_path.iterdir())) == 1
 
-def test_masking_png_shows_masked_patches_red_and_thrown_ones_gray(finished):
-    pixels = np.array(Image.open(finished / "masking.png").convert("RGB")).astype(int)
-    assert pixels.shape == (304, 150 + 804, 3)           # three rows of eight images, and labels
-    rows = pixels[4:, 154:].reshape(3, 100, 8, 100, 3)[:, :96, :, :96]
-    red, gray = (np.abs(rows - color).max(axis=4) < 3 for color in ([209, 73, 91], [138, 143, 152]))
-    assert red[1].mean() == pytest.approx(7 / 16, abs=0.01)          # 7 and 6 of 16 patches
-    assert gray[1].mean() == pytest.approx(6 / 16, abs=0.01)
-    assert gray[2][gray[1]].all() and red[2].mean() < 0.2
-    visible = ~(red[1] | gray[1])
-    assert np.abs(rows[0][visible] - rows[1][visible]).max() < 2
-    assert (pixels[:, :150] < 128).any()
+# ==== Several processes ===========================================================================
+
+def run_in_two_processes(out_dir, *flags):
+    """Runs the script twice at once, as torchrun does."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    def process(rank):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        importlib.reload(train_cifar)                    # which reads them
+        train_cifar.shapes = few_shapes
+        run(out_dir, *flags)
+
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=process, args=(rank,)) for rank in range(2)]
+    for each in started:
+        each.start()
+    for each in started:
+        each.join(120)
+        each.kill()
+    assert [each.exitcode for each in started] == [0, 0]
+
+def test_two_processes_do_what_one_does_and_one_can_continue(finished, tmp_path):
+    run_in_two_processes(tmp_path, "--accum-steps", 1, "--finetune-epochs", 2)
+    one, two = contents(finished.out), contents(tmp_path)
+    assert one.keys() == two.keys()
+    for name in ["log.csv", "finetune-log.csv"]:
+        losses = [column(out_dir / name, "loss") for out_dir in (finished.out, tmp_path)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name in ["checkpoint.pth", "finetune-checkpoint.pth"]:
+        for key, p in one[name]["model"].items():
+            if not key.endswith("qkv.bias"):             # the gradient of a key's bias is noise
+                assert_close(two[name]["model"][key], p, rtol=0, atol=2e-4)
+    maps = [found["checkpoint.pth"]["maps"] for found in (one, two)]
+    assert_close(*maps, rtol=0, atol=0.02)
+
+    resume(tmp_path, "--accum-steps", 2, "--finetune-epochs", 3)
+    assert len(column(tmp_path / "finetune-log.csv", "loss")) == 3
+
+def test_shares_are_disjoint_and_cover_everything(monkeypatch):
+    monkeypatch.setattr(train_cifar, "WORLD_SIZE", 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(train_cifar, "RANK", rank)
+        shares.append(train_cifar.share(10).tolist())
+    assert sum(shares, []) == [*range(10)]
+    assert max(map(len, shares)) == 4
+
+# ==== CUDA graphs, emulated on a CPU ==============================================================
+
+@pytest.fixture
+def run_graphs(monkeypatch):
+    """A function that runs the script with or without emulated graphs: 10 steps of random masking,
+    10 with maps and 5 of fine-tuning. The first 3 of each are not recorded."""
+    for name, value in {"CUDAGraph": fake_graph.CUDAGraph, "graph": fake_graph.graph,
+                        "Stream": object, "set_stream": id, "current_stream": object}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    set_lr, set_defaults = train_cifar.Step.set_lr, train_cifar.set_defaults
+
+    def set_rounded_lr(self, lr):
+        set_lr(self, lr)
+        for group in self.optimizer.param_groups:        # a graph has the rate in float32
+            rate = group["lr"]
+            group["lr"] = torch.tensor(rate).item() if isinstance(rate, float) else rate
+
+    def run_with(cuda_graph, out_dir, *flags):
+        def set_flag(args):                              # which set_defaults would refuse
+            args.cuda_graph = False
+            set_defaults(args)
+            args.cuda_graph = cuda_graph
+
+        monkeypatch.setattr(train_cifar, "set_defaults", set_flag)
+        monkeypatch.setattr(train_cifar.Step, "set_lr", set_rounded_lr)
+        run(out_dir, "--accum-steps", 1, "--epochs", 4, "--update-interval", 2,
+            "--finetune-epochs", 1, *flags)
+        return contents(out_dir)
+
+    return run_with
+
+def test_a_run_of_graphs_equals_an_eager_one_also_when_resumed(run_graphs, tmp_path, monkeypatch):
+    expected = run_graphs(False, tmp_path / "eager")
+    replays = record(monkeypatch, fake_graph.CUDAGraph, "replay")
+    assert_same(run_graphs(True, tmp_path / "graphs"), expected)
+    assert len(replays) == 7 + 7 + 2
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 18, amt, "random_crops")          # after replays with maps
+        run_graphs(True, tmp_path / "killed")
+    assert_same(run_graphs(True, tmp_path / "killed", "--resume"), expected)
+
+    # The emulation notices a rate that is recorded as a number, and a value that is read.
+    as_tensor, masked_loss = torch.as_tensor, train_cifar.masked_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "as_tensor", lambda x, **kwargs: (
+            x if isinstance(x, float) else as_tensor(x, **kwargs)))
+        found = run_graphs(True, tmp_path / "number")
+    assert found["log.csv"] != expected["log.csv"]
+    monkeypatch.setattr(train_cifar, "masked_loss", lambda *given: (
+        masked_loss(*given).clamp(max=masked_loss(*given).item())))
+    with pytest.raises(RuntimeError, match="while a graph is recorded"):
+        run_graphs(True, tmp_path / "read")
+
+# ==== Errors ======================================================================================
+
+def error(capsys, *flags):
+    """The one line that the script ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        run("out", *flags)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.startswith("error: ") and len(said) < 400
+    assert said.count("\n") == 1 and said.endswith("\n")
+    return said
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """A current directory with files that cannot be used."""
+    monkeypatch.chdir(tmp_path)
+    encoder = train_cifar.load_encoder(parse()).state_dict()
+    for name, content in {"empty": b"", "text": b"text", "foreign": {"layer.weight": encoder},
+                          "mae": {"model": encoder, "args": argparse.Namespace(lr=0.1)},
+                          "other": dict(args=vars(parse()), model=encoder)}.items():
+        path = Path(f"{name}/checkpoint.pth")
+        path.parent.mkdir()
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    for kind in ["one/train/a", "photos/train/a", *(f"photos/val/{i:03}" for i in range(50))]:
+        Path(kind).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(f"{kind}/0.png")
+    shutil.copytree("photos", "notes")
+    Path("notes/val/val_annotations.txt").write_text("0.png\n")
+
+FILES = ["--dataset", "folder", "--img-size", 32, "--square-size", 32, "--data-path"]
+
+@pytest.mark.parametrize("flags, words", [
+    (["--epoch", 1], "unrecognized arguments: --epoch 1"),           # no abbreviations
+    (["--masking", "gird"], "invalid choice: 'gird'"),
+    (["--img-size", 36], "--img-size must be a multiple of 8, got 36"),
+    (["--method", "simmim", "--img-size", 40], "--img-size must be a multiple of 16, got 40"),
+    ([*FILES, "one", "--square-size", 31], "--square-size must be at least 32, got 31"),
+    (["--decoder-embed-dim", 48], "--decoder-embed-dim must be 32, 64, ..., got 48"),
+    (["--update-interval", 10], "--update-interval must be less than --epochs, got 10"),
+    (["--update-interval", 0], "--update-interval must be at least 1, got 0"),
+    (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
+    (["--epochs", -1], "--epochs must be at least 0, got -1"),
+    (["--mask-ratio", 0.75], "mask_ratio 0.75 and throw_ratio 0.4 leave .* -2 visible"),
+    (["--batch-size", 32], "a step takes 64 images .* there are 40"),
+    (["--epochs", 0], "--epochs 0 needs a --checkpoint"),
+    (["--cuda-graph"], "--cuda-graph needs a GPU"),
+    (["--checkpoint", "no.pth"], "No such file or directory: 'no.pth'"),
+    (["--checkpoint", "empty/checkpoint.pth"], "is damaged or not a file of torch.save"),
+    (["--checkpoint", "text/checkpoint.pth"], "is damaged or not a file of torch.save"),
+    (["--checkpoint", "foreign/checkpoint.pth"], "cannot load --checkpoint .*timm's names"),
+    (["--checkpoint", "mae/checkpoint.pth", "--depth", 2], "cannot load .* have depth 1"),
+    (["--out-dir", "text"], "text has a checkpoint: continue it with --resume"),
+    (["--out-dir", "text/checkpoint.pth"], "File exists: 'text/checkpoint.pth'"),
+    (["--resume", "--out-dir", "empty"], "empty/checkpoint.pth is damaged"),
+    (["--resume", "--out-dir", "foreign"], "checkpoint.pth is not a checkpoint of this script"),
+    (["--resume", "--out-dir", "mae"], "checkpoint.pth is not a checkpoint of this script"),
+    (["--resume", "--out-dir", "other"], "other/checkpoint.pth does not fit"),
+    ([*FILES, "no"], "--data-path must have train/<class>/"),
+    ([*FILES, "photos"], "photos/val has 50 classes that train/ lacks, such as '000'"),
+    ([*FILES, "notes"], "notes/val/val_annotations.txt must have a line for each image"),
+    ([*FILES, "one", "--finetune-epochs", 1], "needs two classes or more, and test images")])
+def test_a_mistake_is_one_line_that_says_what_must_hold(flags, words, broken, capsys):
+    assert re.search(words, error(capsys, *flags))
+
+def test_srun_must_start_torchrun(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert "under srun, torchrun must start the processes" in error(capsys)
+
+def test_two_runs_in_one_directory_are_noticed(tmp_path, monkeypatch, capsys):
+    replace = os.replace
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "replace", lambda *paths: replace(*paths) or replace(*paths))
+    assert "does another run write to out?" in error(capsys)
+
+def test_nothing_is_saved_that_is_not_finite(tmp_path, monkeypatch, capsys):
+    factors = iter(25 * [1] + [math.nan] + 99 * [1])
+    masked_loss = train_cifar.masked_loss
+
+    def diverging(*args):
+        return masked_loss(*args) * next(factors)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_cifar, "masked_loss", diverging)
+    assert "not finite after epoch 7, so it is not saved: start anew with" in error(capsys)
+    assert len(column("out/log.csv", "loss")) == 6 and max(column("out/log.csv", "loss")) < 2
+    for weights in (torch.load("out/encoder.pth"), torch.load("out/checkpoint.pth")["model"]):
+        assert all(p.isfinite().all() for p in weights.values())
