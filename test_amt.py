@@ -1280,14 +1280,14 @@ def run_graphs(monkeypatch):
             rate = group["lr"]
             group["lr"] = torch.tensor(rate).item() if isinstance(rate, float) else rate
 
-    def run_with(cuda_graph, out_dir, *flags):
+    def run_with(cuda_graph, out_dir, *flags, set_lr=set_rounded_lr):
         def set_flag(args):                              # which set_defaults would refuse
             args.cuda_graph = False
             set_defaults(args)
             args.cuda_graph = cuda_graph
 
         monkeypatch.setattr(train_cifar, "set_defaults", set_flag)
-        monkeypatch.setattr(train_cifar.Step, "set_lr", set_rounded_lr)
+        monkeypatch.setattr(train_cifar.Step, "set_lr", set_lr)
         run(out_dir, "--accum-steps", 1, "--epochs", 4, "--update-interval", 2,
             "--finetune-epochs", 1, *flags)
         return contents(out_dir)
@@ -1306,12 +1306,14 @@ def test_a_run_of_graphs_equals_an_eager_one_also_when_resumed(run_graphs, tmp_p
     assert_same(run_graphs(True, tmp_path / "killed", "--resume"), expected)
 
     # The emulation notices a rate that is recorded as a number, and a value that is read.
-    as_tensor, masked_loss = torch.as_tensor, train_cifar.masked_loss
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "as_tensor", lambda x, **kwargs: (
-            x if isinstance(x, float) else as_tensor(x, **kwargs)))
-        found = run_graphs(True, tmp_path / "number")
+    def set_number(self, lr):
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+
+    found = run_graphs(True, tmp_path / "number", set_lr=set_number)
     assert found["log.csv"] != expected["log.csv"]
+
+    masked_loss = train_cifar.masked_loss
     monkeypatch.setattr(train_cifar, "masked_loss", lambda *given: (
         masked_loss(*given).clamp(max=masked_loss(*given).item())))
     with pytest.raises(RuntimeError, match="while a graph is recorded"):
