@@ -97,7 +97,7 @@ Where the paper and the authors' code differ, and what we do (more in the README
 
   - Crop of the map: their code computes a pixel's map cell from the side of the image
     instead of a patch, so nearly every crop reads the 2 x 2 cells at the map's top left
-    (issue 6 of guijiejie/Attention-driven-Masking-and-Throwing). We crop both alike.
+    (guijiejie/Attention-driven-Masking-and-Throwing, #6). We crop both alike.
   - Heads: their code normalizes each head before the mean; the paper and we
     normalize the mean (Eq. 4).
   - MAE's target: the paper does not name it. Their command predicts raw pixels, as

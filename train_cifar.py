@@ -463,7 +463,7 @@ def linear_probe(args, train: "Images", test: "Images", encoder: amt.ViT) -> dic
         logits = linear_classifier(x[:, i], train.labels, x_test[:, i])
         columns[name] = accuracy(logits, test)
     torch.set_float32_matmul_precision("high")
-    say(f"linear probe, %: {columns}")
+    say(f"linear probe: [CLS] {columns['probe_cls']} %, patches {columns['probe_mean']} %")
     return columns
 
 def linear_classifier(x: Tensor, y: Tensor, x_test: Tensor) -> Tensor:
