@@ -281,7 +281,7 @@ def mask_and_throw(ranking: Tensor, mask_ratio: float, throw_ratio=0.0, unit=1):
     if n_masked < 1 or n_thrown < 0 or n_visible < 1:
         raise ValueError(
             f"mask_ratio {mask_ratio} and throw_ratio {throw_ratio} leave {n_masked} of "
-            f"{n_units} masked and {n_visible} visible; need at least one of each")
+            f"{n_units} masked and {n_visible} visible; one of each is needed, so lower them")
 
     parts = ranking.split([n_masked, n_thrown, n_visible], dim=1)  # Eq. 6
     if unit == 1:

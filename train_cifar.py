@@ -257,6 +257,9 @@ def pretrain(args, train: "Images", test: "Images", model: nn.Module):
     if args.resume and (Path(args.out_dir) / "checkpoint.pth").exists():
         saved = restore(args, "checkpoint.pth", model, optimizer)
         maps, log = saved["maps"], saved["log"]
+        if maps is not None and len(maps) != len(train):
+            raise UserError(f"this run has the maps of {len(maps)} training images, but now there "
+                            f"are {len(train)}")
 
     parallel = parallelize(args, model)
     step = Step(args, parallel, optimizer, partial(masked_loss, args, parallel, train))
@@ -865,7 +868,7 @@ def load_file(path: Path | str):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # is in MAE's files
             return torch.load(path, DEVICE, weights_only=True)
-    except OSError:
+    except FileNotFoundError:
         raise
     except Exception as error:  # torch.load raises many types
         raise UserError(f"{path} is damaged or not a file of torch.save "
@@ -958,7 +961,10 @@ def set_up(args) -> tuple[nn.Module, Images, Images]:
     torch.backends.cuda.enable_flash_sdp(DEVICE.type == "cuda" or args.precision == "fp32")
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
-    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out-dir must be a directory to write to: {error}") from None
     if list(Path(args.out_dir).glob("*checkpoint.pth")) and not args.resume:
         raise UserError(f"{args.out_dir} has a checkpoint: continue it with --resume, or give "
                         "another --out-dir")
@@ -997,6 +1003,8 @@ def main(argv: list[str] | None = None):
     except (users, OSError) as error:
         print("\n" * TERMINAL + f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("stopped: --resume continues after the last saved epoch")
 
     say(f"done: {args.out_dir} has {', '.join(sorted(os.listdir(args.out_dir)))}")
     if WORLD_SIZE > 1:
