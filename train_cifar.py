@@ -1,11 +1,12 @@
 """Pretrain a vision transformer with AMT, then probe it and fine-tune it.
 
     python train_cifar.py --dataset shapes --out-dir out-shapes   # offline, minutes on a CPU
-    python train_cifar.py                                     # CIFAR-10, on one GPU
-    python train_cifar.py --resume                          # continue a stopped run
+    python train_cifar.py                                         # CIFAR-10, on one GPU
+    python train_cifar.py --resume                                # continue a stopped run
     python train_cifar.py --checkpoint out/encoder.pth --epochs 0 \\
-        --finetune-epochs 100 --out-dir out-finetuned         # fine-tune an encoder
-    torchrun --nproc_per_node=4 train_cifar.py --dataset imagenet --data-path DIR   # 4 GPUs
+        --finetune-epochs 100 --out-dir out-finetuned             # fine-tune an encoder
+    torchrun --nproc_per_node=4 train_cifar.py \\
+        --dataset imagenet --data-path DIR                        # ImageNet, on 4 GPUs
 
 A run writes to --out-dir: encoder.pth (with timm's names), checkpoint.pth (for --resume; its
 "data" has the images' mean and std and the classes), a picture for each update of the maps,
