@@ -80,7 +80,7 @@ DATASETS = {  # the flags of a dataset that differ from cifar10's
 class UserError(ValueError):
     """What the user can mend. main() prints it as a line, without a traceback."""
 
-# ==== Flags =================================================================================
+# ==== Flags =======================================================================
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -208,7 +208,7 @@ def set_defaults(args):
     units = torch.zeros(1, (args.img_size // unit_size) ** 2)
     amt.mask_and_throw(units, args.mask_ratio, args.throw_ratio)  # so bad ratios fail now
 
-# ==== Pretraining ===========================================================================
+# ==== Pretraining =================================================================
 
 def masked_loss(args, model, images: "Images", squares: Tensor, theta: Tensor,
                 maps: Tensor | None = None) -> Tensor:
@@ -308,7 +308,7 @@ def pretrain(args, train: "Images", test: "Images", model: nn.Module):
     write_log(args, "log.csv", log)
     save()
 
-# ==== An epoch, a step ======================================================================
+# ==== An epoch, a step ============================================================
 
 def train_epoch(args, name: str, epoch: int, epochs: int, images: "Images", n: int, step: "Step",
                 lr_at, inputs_of) -> dict[str, str]:
@@ -431,7 +431,7 @@ def parallelize(args, model: nn.Module) -> nn.Module:
 def autocast(args):
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-# ==== Linear probe and fine-tuning ==========================================================
+# ==== Linear probe and fine-tuning ================================================
 
 @torch.no_grad()
 def outputs(args, images: "Images", function, shape: tuple, text: str) -> Tensor:
@@ -589,7 +589,7 @@ def finetune(args, train: "Images", test: "Images", encoder: amt.ViT):
     state = model.state_dict()
     write(args, "finetuned.pth", {k.removeprefix("encoder."): p.cpu() for k, p in state.items()})
 
-# ==== Data ==================================================================================
+# ==== Data ========================================================================
 
 class Images:
     """Whole images as squares (n, 3, S, S) of bytes, whatever their width / height was: in
@@ -802,7 +802,7 @@ def shapes(args, n: int, seed: int) -> Images:
     image = torch.where(inside, torch.where(pattern, light, dark), background)
     return Images(args, label.tolist(), [*"0123456789"], image.round().byte())
 
-# ==== Pictures ==============================================================================
+# ==== Pictures ====================================================================
 
 @torch.no_grad()
 def save_picture(args, model: nn.Module, images: Images, maps: Tensor | None, epoch: int):
@@ -849,7 +849,7 @@ def save_picture(args, model: nn.Module, images: Images, maps: Tensor | None, ep
     picture.save(content, "png")
     write(args, f"epoch-{epoch}.png", content.getvalue())
 
-# ==== Files, printed lines, processes =======================================================
+# ==== Files, printed lines, processes =============================================
 
 def load_encoder(args) -> amt.ViT:
     """A new encoder, or that of --checkpoint."""
