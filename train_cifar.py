@@ -249,6 +249,7 @@ def new_maps(args, train: "Images", encoder: amt.ViT) -> tuple[Tensor, str]:
     whole = ((ids, train.whole(squares)) for ids, squares, aspect in batches)
     with autocast(args):
         maps = all_reduce(amt.dataset_maps(attend, whole, len(train)))  # Eq. 3 and 4
+
     x = maps.float()
     return maps, f"{(x.mean(dim=0).var() / x.var()).item():.4f}"
 
@@ -257,7 +258,8 @@ def pretrain(args, train: "Images", test: "Images", model: nn.Module):
     maps, log = None, []
     if args.resume and (Path(args.out_dir) / "checkpoint.pth").exists():
         saved = restore(args, "checkpoint.pth", model, optimizer)
-        maps, log = saved["maps"], saved["log"]
+        maps = saved["maps"]
+        log = saved["log"]
         if maps is not None and len(maps) != len(train):
             raise UserError(f"this run has the maps of {len(maps)} training images, but now there "
                             f"are {len(train)}")
@@ -315,7 +317,8 @@ def train_epoch(args, name: str, epoch: int, epochs: int, images: "Images", n: i
     """Trains on the first n images once; inputs_of makes a mini-batch's inputs of the step. The
     seed and the number of a step determine its images and random numbers, so a resumed run ends
     as an unbroken one. Returns a row of the log."""
-    steps, accum = n // args.global_batch, args.accum_steps
+    steps = n // args.global_batch
+    accum = args.accum_steps
     torch.manual_seed(seed_of(args.seed, name, epoch))
     order = torch.randperm(n)[: steps * args.global_batch]
     mine = order.view(steps, WORLD_SIZE, accum, args.batch_size)[:, RANK]
@@ -884,6 +887,7 @@ def restore(args, name: str, model: nn.Module, optimizer) -> dict:
     except (KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} does not fit these flags: {reason}") from None
+
     for group in optimizer.param_groups:
         group.update(capturable=False, lr=0.0)  # a CUDA graph has other values here
     return saved
