@@ -370,3 +370,12 @@ def test_the_readmes_encoder_loads_into_timm(tmp_path, monkeypatch):
     tokens = names.vit.eval().forward_features(images)
     assert_close(tokens, encoder(images), atol=1e-4)
     assert names.data["mean"] == [0.4, 0.5, 0.6]
+
+# ==== Export ======================================================================================
+
+def test_an_exported_encoder_takes_any_number_of_images():
+    vit = amt.ViT(**SIZES)
+    batch = {"images": {0: torch.export.Dim("B")}}
+    images = torch.randn(5, 3, 16, 16)
+    exported = torch.export.export(vit, (images[:3],), dynamic_shapes=batch)
+    assert_close(exported.module()(images), vit(images))
