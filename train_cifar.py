@@ -162,14 +162,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         say(f"resuming {args.out_dir}; changed: {', '.join(changed) or 'nothing'}")
     return args
 
+def checkpoints(args) -> list[Path]:
+    """Those in --out-dir, the last one written at the end."""
+    found = Path(args.out_dir).glob("*checkpoint.pth")
+    return sorted(found, key=lambda path: path.stat().st_mtime)
+
 def saved_flags(args) -> dict:
     """The flags of the run in --out-dir."""
-    found = sorted(Path(args.out_dir).glob("*checkpoint.pth"), key=lambda x: x.stat().st_mtime)
+    found = checkpoints(args)
     if not found:
         say(f"{args.out_dir} has no checkpoint yet: starting from the beginning")
         return {}
 
-    saved = load_file(found[-1])  # the last one written
+    saved = load_file(found[-1])
     if not isinstance(saved, dict) or not isinstance(saved.get("args"), dict):
         raise UserError(f"{found[-1]} is not a checkpoint of this script")
     return saved["args"] | {"resume": True, "out_dir": args.out_dir}
@@ -540,9 +545,10 @@ def finetune(args, train: "Images", test: "Images", encoder: amt.ViT):
     def lr_scale(name: str) -> float:
         """1 for the head and the last norm. A layer has `decay` times the next one's."""
         parts = name.split(".")
+        if parts[1] == "blocks":
+            return decay ** (depth - int(parts[2]))
         below = parts[1] in ["cls_token", "patch_embed"]
-        layer = int(parts[2]) if parts[1] == "blocks" else -1 if below else depth
-        return decay ** (depth - layer)
+        return decay ** (depth + 1) if below else 1.0
 
     optimizer, log = build_optimizer(model, 0.999, lr_scale), []
     if args.resume and (Path(args.out_dir) / "finetune-checkpoint.pth").exists():
@@ -970,7 +976,7 @@ def set_up(args) -> tuple[nn.Module, Images, Images]:
         Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out-dir must be a directory to write to: {error}") from None
-    if list(Path(args.out_dir).glob("*checkpoint.pth")) and not args.resume:
+    if checkpoints(args) and not args.resume:
         raise UserError(f"{args.out_dir} has a checkpoint: continue it with --resume, or give "
                         "another --out-dir")
     say(f"{args.model} on {DEVICE} in {args.precision}, {args.global_batch} images a step")
