@@ -2,7 +2,7 @@
 
     python docs/figures.py method out-shapes         # docs/method.png, with a run of shapes
     python docs/figures.py probes                    # docs/probes.png, from docs/logs
-    python docs/figures.py compare shapes own random # their difference, from docs/logs
+    python docs/figures.py differences shapes cifar10         # those of results.md
     python docs/figures.py attention out-0 out-1 DATA_PATH    # docs/attention.png, of two seeds
     python docs/figures.py objects out-shapes ...    # attention on the objects of shapes
 """
@@ -36,6 +36,25 @@ NAMES = {  # of the runs in docs/logs: what ranks the patches, masked / thrown
     "object": "true object with floor, 0.45 / 0.40",
     "teacher": "a classifier's attention, 0.45 / 0.40", "uniform-85": "random, 0.85 / 0",
     "uniform-45-30": "random, 0.45 / 0.30", "untrained": "untrained"}
+PROBES = ["probe_cls", "probe_mean"]
+PLANNED = ["probe_mean", "knn_mean"]
+DIFFERENCES = {  # of each log: the readouts that are compared, and the pairs of runs
+    "shapes": (PROBES, [
+        ("own", "random"), ("uniform", "random"), ("own", "uniform"), ("am", "random"),
+        ("own", "am"), ("am-floor", "am"), ("am-floor", "random"), ("floor", "own"),
+        ("floor", "uniform"), ("am-object", "random"), ("object", "uniform"),
+        ("object", "random"), ("uniform", "random-16-epochs"), ("own", "random-16-epochs")]),
+    "cifar10": (PROBES, [
+        ("own", "random"), ("uniform", "random"), ("own", "uniform"), ("uniform-85", "random"),
+        ("uniform-45-30", "random"), ("uniform", "uniform-45-30"), ("uniform", "uniform-85"),
+        ("floor", "own"), ("floor", "uniform"), ("teacher", "uniform")]),
+    "contrasts": (PLANNED, [
+        ("own", "shuffled"), ("am", "random"), ("per-head", "own"), ("top-left", "uniform"),
+        ("patch-mean", "uniform"), ("raw-own", "raw-uniform")]),
+    "grid": (PLANNED, [
+        ("own", "uniform"), ("raw-own", "raw-uniform"), ("own", "shuffled"), ("am", "random"),
+        ("mature", "uniform")]),
+}
 plt.rcParams.update({"font.size": 10, "figure.facecolor": "white", "savefig.dpi": 130})
 
 def load_run(out_dir: str, **flags) -> tuple[argparse.Namespace, amt.ViT]:
@@ -178,22 +197,40 @@ def probes():
     figure.tight_layout()
     figure.savefig(DOCS / "probes.png", bbox_inches="tight")
 
-def compare(dataset: str, run: str, control: str):
-    """Prints run - control, paired by seed: mean, 95 % interval and p of Student's t, and n."""
-    a, b = read_log(dataset)[run], read_log(dataset)[control]
-    seeds = sorted(a.keys() & b.keys())
-    n = len(seeds)
-    t, p = student(n - 1)
-    for column, label in READOUTS.items():
-        if column not in a[seeds[0]]:                    # shapes has no neighbors
-            continue
-        x = torch.tensor([float(a[seed][column]) - float(b[seed][column]) for seed in seeds])
-        mean = x.mean().item()
-        error = x.std().item() / n ** 0.5
-        low, high = (mean + sign * t[p <= 0.05][0] * error for sign in [-1, 1])
-        p_value = p[t >= min(abs(mean / error), 199)][0]
-        print(f"{run} - {control}, {label}: {mean:+.2f} [{low:+.2f}, {high:+.2f}], "
-              f"p {p_value:.3f}, n {n}")
+def differences(*datasets: str):
+    """Prints the differences of results.md, paired by seed: mean, 95 % interval and p of Student's
+    t, and p as corrected for all that are tested, by Holm and by Benjamini and Hochberg. Of two
+    seeds it prints both values, which are not tested."""
+    tested = []
+    for dataset in datasets:
+        log = read_log(dataset)
+        readouts, pairs = DIFFERENCES[dataset]
+        for run, control in pairs:
+            a, b = log[run], log[control]
+            for column in readouts:
+                x = torch.tensor([float(a[seed][column]) - float(b[seed][column])
+                                  for seed in sorted(a.keys() & b.keys())])
+                name = f"{dataset}: {run} - {control}, {READOUTS[column]}, n = {len(x)}"
+                if len(x) < 3:
+                    print(name, " · ".join(f"{d:+.2f}" for d in x))
+                else:
+                    tested.append((name, *interval(x)))
+
+    tested.sort(key=lambda row: row[-1])                 # by p
+    m, holm = len(tested), 0.0
+    hochberg = [min(1, *(m * row[-1] / k for k, row in enumerate(tested[i:], i + 1)))
+                for i in range(m)]
+    for i, (name, mean, half, p) in enumerate(tested):
+        holm = max(holm, min(1, (m - i) * p))
+        print(f"{name}: {mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}], p {p:.4f}, "
+              f"Holm {holm:.4f}, Benjamini-Hochberg {hochberg[i]:.4f}")
+
+def interval(x: torch.Tensor) -> tuple[float, float, float]:
+    """The mean of differences x (n,), half of its 95 % interval, and p."""
+    t, p = student(len(x) - 1)
+    error = x.std().item() / len(x) ** 0.5
+    of_mean = abs(x.mean().item()) / error
+    return x.mean().item(), t[p <= 0.05][0].item() * error, p[t >= min(of_mean, 199)][0].item()
 
 def student(df: int) -> tuple[torch.Tensor, torch.Tensor]:
     """t from 0 to 200, and the two-sided p of each by Student's distribution, integrated."""
@@ -233,8 +270,8 @@ def objects(*out_dirs: str):
               f"{by_position:.0f} % of the variance")
 
 if __name__ == "__main__":
-    commands = {"method": method, "probes": probes, "compare": compare, "attention": attention,
-                "objects": objects}
+    commands = {"method": method, "probes": probes, "differences": differences,
+                "attention": attention, "objects": objects}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])
