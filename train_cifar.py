@@ -297,7 +297,8 @@ def pretrain(args, train: "Images", test: "Images", model: nn.Module):
             maps, share_of_position = new_maps(args, train, model.encoder)
             log[-1] |= dict(map_seconds=f"{time.time() - began:.2f}",
                             position_share=share_of_position)
-            say(f"new attention maps: position_share {share_of_position}")
+            if share_of_position:
+                say(f"new attention maps: position_share {share_of_position}")
         if epoch == args.epochs:
             break
 
