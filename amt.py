@@ -267,9 +267,9 @@ def sample_patches(weights: Tensor, generator=None) -> Tensor:
 def mask_and_throw(ranking: Tensor, mask_ratio: float, throw_ratio=0.0, unit=1):
     """Splits a ranking M (B, N) into the indices (masked, thrown, visible) (Eq. 6,
     Algorithm 1): the first round(N * mask_ratio) patches, the next N * throw_ratio, the
-    rest; all are indices of patches without [CLS], in the order of the ranking.
-    SimMIM hides units of 2 x 2 patches: with unit=2, the ranking is one of the N / 4
-    units of a square grid, and the indices are still those of patches. In the paper:
+    rest, each in the order of the ranking. Indices count patches only, not [CLS].
+    SimMIM hides units of 2 x 2 patches: with unit=2, what is ranked are the N / 4 units
+    of a square grid, and the indices are still those of patches. In the paper:
 
         MAE, unit 1:     random (0.75, 0)    AMT (0.45, 0.40)
         SimMIM, unit 2:  random (0.60, 0)    AMT (0.44, 0.26), or faster (0.33, 0.50)
@@ -280,8 +280,9 @@ def mask_and_throw(ranking: Tensor, mask_ratio: float, throw_ratio=0.0, unit=1):
     n_visible = n_units - n_masked - n_thrown
     if n_masked < 1 or n_thrown < 0 or n_visible < 1:
         raise ValueError(
-            f"mask_ratio {mask_ratio} and throw_ratio {throw_ratio} leave {n_masked} of "
-            f"{n_units} masked and {n_visible} visible; one of each is needed, so lower them")
+            f"mask_ratio {mask_ratio} and throw_ratio {throw_ratio} give {n_masked} masked, "
+            f"{n_thrown} thrown and {n_visible} visible of {n_units}: masked and visible must "
+            "be at least 1, thrown at least 0")
 
     parts = ranking.split([n_masked, n_thrown, n_visible], dim=1)  # Eq. 6
     if unit == 1:
@@ -440,7 +441,8 @@ def load_weights(vit: ViT, saved: dict):
     if not isinstance(saved, dict):
         raise ValueError(f"saved must be a dict, as from torch.load, got {type(saved)}")
     for key in ("model", "state_dict", "teacher"):  # where MAE, MoCo and DINO keep weights
-        saved = saved.get(key, saved)
+        if isinstance(saved.get(key), dict):
+            saved = saved[key]
 
     # "encoder.pos_embed" tells the prefix "encoder."; "momentum" is MoCo's second encoder.
     found = [name for name in saved if name.endswith("pos_embed")
@@ -524,7 +526,7 @@ def hog(images: Tensor, patch_size: int) -> Tensor:
     """Histograms of oriented gradients (B, N, 36*C) of images (B, C, H, W): MaskFeat's
     target, a simplified Dalal and Triggs (2005). Each of a patch's 2 x 2 cells gets an
     l2-normalized histogram per channel of 9 orientations, in which pixels vote with the
-    magnitude of their gradients. Those at a patch's edge look one pixel into its
+    magnitude of their gradients. Gradients at a patch's edge reach one pixel into its
     neighbors, thrown ones included. Give float32, as half precision is too coarse."""
     B, C, H, W = images.shape
     if patch_size % 2:  # each patch has two cells a side
@@ -554,8 +556,8 @@ class SimMIM(nn.Module):
     target="hog" makes it MaskFeat (Wei et al., 2022) as set up in the AMT paper: HOG
     instead of pixels, l2 instead of l1. `encoder` is like a ViT in `embed_dim`,
     `patch_size`, `in_chans`, `pos_embed`, `embed` and `run_blocks`. Caution: maps
-    come from [CLS]'s query in the last block, on which this loss does not depend; what
-    projects it learns from the patches' queries alone."""
+    come from [CLS]'s query in the last block, on which this loss does not depend: the
+    weights that compute it learn from the patches' queries alone."""
 
     def __init__(self, encoder: nn.Module, target="pixels"):
         super().__init__()
@@ -616,8 +618,8 @@ def grid_wise(weights: Tensor) -> Tensor:
     return (quarter + noise).argsort(dim=1)
 
 def block_wise(weights: Tensor) -> Tensor:
-    """Ranks rectangle by rectangle, after BEiT (Bao et al., 2022). Each has 8 to 40 % of
-    the patches and an aspect ratio of 0.3 to 1 / 0.3, and is ranked row by row."""
+    """Ranks rectangle by rectangle, after BEiT (Bao et al., 2022). Each has about 8 to 40
+    % of the patches, an aspect ratio of about 0.3 to 1 / 0.3, and its own row by row."""
     B, N = weights.shape
     h = square_side(N)
     n_rectangles = 64                                    # enough to cover nearly everything

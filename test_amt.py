@@ -730,7 +730,7 @@ def test_a_picture_shows_masked_patches_red_and_thrown_ones_gray(finished):
 # ==== Strategies, methods, models =================================================================
 
 def test_the_strategies_are_the_rankings_of_amt():
-    expected = dict(attention=amt.sample_patches, uniform=amt.sample_patches,
+    expected = dict(attention=amt.sample_patches, uniform=amt.random_ranking,
                     random=amt.random_ranking, attmask=amt.highest_first, mst=amt.lowest_first,
                     block=amt.block_wise, grid=amt.grid_wise)
     for name, rank in expected.items():
@@ -1005,11 +1005,16 @@ def test_a_killed_run_ends_as_an_unbroken_one_once_resumed(
     assert_same(contents(tmp_path), contents(finished.out))
 
 def test_a_resumed_run_keeps_its_flags_and_names_what_changes(finished, capsys):
-    flags = ["--resume", "--out-dir", str(finished.out), "--epochs", "12", "--blr", "1"]
-    args = train_cifar.parse_args(flags)
+    def resumed(*flags):
+        return train_cifar.parse_args(["--resume", "--out-dir", str(finished.out), *flags])
+
     saved = torch.load(finished.out / "checkpoint.pth")["args"]
-    assert vars(args) == saved | dict(epochs=12, blr=1.0, resume=True)
-    assert "changed: epochs 10 -> 12, blr 0.02 -> 1.0\n" in capsys.readouterr().out
+    assert vars(resumed("--blr", "1", "--no-compile")) == saved | dict(blr=1.0, resume=True)
+    assert "changed: blr 0.02 -> 1.0\n" in capsys.readouterr().out
+    args = resumed("--masking", "random")
+    assert (args.mask_ratio, args.throw_ratio) == (0.75, 0)      # and not AMT's
+    with pytest.raises(train_cifar.UserError, match="checkpoint.pth is of 10 epochs"):
+        resumed("--epochs", "12")                        # it has been fine-tuned
 
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
     def full(path, content):
@@ -1127,7 +1132,7 @@ def error(capsys, *flags):
 @pytest.mark.parametrize("flags, words", [
     (["--epoch", 1], "unrecognized arguments: --epoch 1"),           # no abbreviations
     (["--img-size", 36], "--img-size must be a multiple of 8, got 36"),
-    (["--mask-ratio", 0.75], "mask_ratio 0.75 and throw_ratio 0.4 leave .* -2 visible"),
+    (["--mask-ratio", 0.75], "mask_ratio 0.75 and throw_ratio 0.4 give .* -2 visible"),
     (["--batch-size", 32], "a step takes 64 images .* there are 40"),
     (["--dataset", "folder", "--data-path", "no"], "--data-path must have train/<class>/"),
     (["--out-dir", "old"], "old has a checkpoint: continue it with --resume"),

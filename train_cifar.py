@@ -55,7 +55,7 @@ METHODS = {
 
 STRATEGIES = {
     "attention": amt.sample_patches,                     # AMT
-    "uniform": amt.sample_patches,                       # AMT's ratios, but equal weights
+    "uniform": amt.random_ranking,                       # AMT's ratios, at random
     "random": amt.random_ranking,                        # MAE's and SimMIM's own masking
     "attmask": amt.highest_first,
     "mst": amt.lowest_first,
@@ -65,7 +65,7 @@ STRATEGIES = {
 USE_MAPS = ["attention", "uniform", "attmask", "mst"]    # masking is random until there are maps
 MODELS = ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
 
-DATASETS = {  # the flags of a dataset that differ from cifar10's
+DATASETS = {  # default flags, where they differ from cifar10's
     "cifar10": {},
     "cifar100": {},
     "stl10": dict(img_size=96, patch_size=8),
@@ -92,7 +92,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     def add(flag: str, default, text: str, **kwargs):
         if default is False:
-            kwargs["action"] = "store_true"
+            kwargs["action"] = argparse.BooleanOptionalAction
         elif default is not None:
             kwargs.setdefault("type", type(default))
             text += " (default: %(default)s)"
@@ -155,11 +155,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     saved = saved_flags(given) if given.resume else {}
     parser.set_defaults(**DATASETS[saved.get("dataset", given.dataset)] | saved)
     args = parser.parse_args(argv)
+    if saved and (args.masking, args.method) != (saved.get("masking"), saved.get("method")):
+        parser.set_defaults(mask_ratio=None, throw_ratio=None)  # those of the new masking
+        args = parser.parse_args(argv)
     set_defaults(args)
     if saved:
         changed = [f"{name} {saved.get(name)} -> {value}" for name, value in vars(args).items()
                    if saved.get(name) != value]
         say(f"resuming {args.out_dir}; changed: {', '.join(changed) or 'nothing'}")
+        finetuned = Path(args.out_dir) / "finetune-checkpoint.pth"
+        if args.epochs != saved.get("epochs") and finetuned.exists():
+            raise UserError(f"{finetuned} is of {saved.get('epochs')} epochs of pretraining: move "
+                            "it away to fine-tune anew")
     return args
 
 def checkpoints(args) -> list[Path]:
@@ -194,7 +201,7 @@ def set_defaults(args):
     if args.update_interval is None:
         args.update_interval = min(max(4, round(args.epochs / 10)), max(1, args.epochs // 2))
     if args.square_size is None:
-        args.square_size = max(320, round(args.img_size * 320 / 224))
+        args.square_size = round(args.img_size * 320 / 224)
     args.global_batch = args.batch_size * args.accum_steps * WORLD_SIZE
 
     unit_size = METHODS[args.method]["unit"] * args.patch_size
@@ -289,7 +296,7 @@ def pretrain(args, train: "Images", test: "Images", model: nn.Module):
 
     saved_at = time.time()
     for epoch in range(len(log), args.epochs + 1):
-        # What is due after so many epochs. A run that is stopped meanwhile does it again.
+        # What is due after so many epochs? A run that is stopped meanwhile does it again.
         if epoch in updates or epoch == args.epochs:
             save_picture(args, model, test if len(test) else train, maps, epoch)
         if epoch in updates and uses_maps:
@@ -308,7 +315,7 @@ def pretrain(args, train: "Images", test: "Images", model: nn.Module):
         log.append(row | dict(map_seconds="", position_share="", probe_cls="", probe_mean=""))
         write_log(args, "log.csv", log)
         if epoch + 1 in [*updates, args.epochs] or time.time() - saved_at > 60:
-            save()  # before what may take minutes
+            save()  # first, as pictures, maps and probes may take minutes
             saved_at = time.time()
 
     if not log[-1]["probe_cls"]:
@@ -320,9 +327,10 @@ def pretrain(args, train: "Images", test: "Images", model: nn.Module):
 
 def train_epoch(args, name: str, epoch: int, epochs: int, images: "Images", n: int, step: "Step",
                 lr_at, inputs_of) -> dict[str, str]:
-    """Trains on the first n images once; inputs_of makes a mini-batch's inputs of the step. The
-    seed and the number of a step determine its images and random numbers, so a resumed run ends
-    as an unbroken one. Returns a row of the log."""
+    """Trains on the first n images once, but for the rest of the last step. inputs_of(ids, squares,
+    aspect) turns a mini-batch into the inputs of a step. The seed and the number of a step
+    determine its images and random numbers, so a resumed run ends as an unbroken one. Returns a
+    row of the log."""
     steps = n // args.global_batch
     accum = args.accum_steps
     torch.manual_seed(seed_of(args.seed, name, epoch))
@@ -354,8 +362,8 @@ def train_epoch(args, name: str, epoch: int, epochs: int, images: "Images", n: i
     return row
 
 class Step:
-    """step(inputs, last): the loss of a mini-batch and its gradients and, if it is the last of
-    an optimizer step, new weights. `total` is the sum of the losses.
+    """step(inputs, last) adds a mini-batch's loss to `total` and its gradients to the weights'.
+    The last mini-batch of an optimizer step also updates the weights.
 
     With --cuda-graph the fourth step is recorded as a CUDA graph, and from then on all kernels
     are launched at once: to launch a small model's thousand kernels one by one takes longer than
@@ -414,10 +422,8 @@ def schedule(peak: float, warmup: int, epochs: int, epoch: float) -> float:
     return peak * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 def build_model(args, encoder: amt.ViT) -> nn.Module:
-    if args.method == "simmim":
-        return amt.SimMIM(encoder)
-    if args.method == "maskfeat":
-        return amt.SimMIM(encoder, "hog")
+    if args.method != "mae":
+        return amt.SimMIM(encoder, "hog" if args.method == "maskfeat" else "pixels")
     return amt.MAE(encoder, args.decoder_embed_dim, args.decoder_depth,
                    args.decoder_embed_dim // 32, norm_pix_loss=not args.raw_pixels)
 
@@ -482,8 +488,8 @@ def linear_probe(args, train: "Images", test: "Images", encoder: amt.ViT) -> dic
 def linear_classifier(x: Tensor, y: Tensor, x_test: Tensor) -> Tensor:
     """Logits (n_test, classes) of a linear classifier on features x (n, D) with labels y (n,).
     Features are standardized, as the paper does by BatchNorm without affine. A random tenth is
-    held out, and the L2 penalty lowered as long as the loss on it falls; with the best penalty
-    the classifier is then fitted to all images."""
+    held out, and the L2 penalty lowered as long as the loss on that tenth falls; with the best
+    penalty the classifier is then fitted to all images."""
     std, mean = torch.std_mean(x, dim=0)
     x = (x - mean) / (std + 1e-6)
     x_test = (x_test - mean) / (std + 1e-6)
@@ -555,9 +561,6 @@ def finetune(args, train: "Images", test: "Images", encoder: amt.ViT):
     if args.resume and (Path(args.out_dir) / "finetune-checkpoint.pth").exists():
         saved = restore(args, "finetune-checkpoint.pth", model, optimizer)
         log = saved["log"]
-        if saved["args"]["epochs"] != args.epochs:
-            raise UserError(f"finetune-checkpoint.pth is of {saved['args']['epochs']} epochs of "
-                            "pretraining: move it away to fine-tune anew")
 
     parallel = parallelize(args, model)
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes),
@@ -642,7 +645,7 @@ class Images:
         ahead = []
         with ThreadPoolExecutor(self.args.workers) as pool:
             for i in range(len(batches)):
-                for ids in batches[i + len(ahead): i + 3]:
+                for ids in batches[i + len(ahead): i + 3]:  # this mini-batch and the next two
                     ahead.append(pool.map(self.decode, [self.files[k] for k in ids]))
                 squares, aspect = zip(*ahead.pop(0))
                 yield torch.stack(squares).permute(0, 3, 1, 2), torch.tensor(aspect)
@@ -675,8 +678,8 @@ class Images:
         return self.normalize(v2.functional.resize(squares, size, v2.InterpolationMode.BICUBIC))
 
     def central(self, squares: Tensor, aspect: Tensor) -> Tensor:
-        """Normalized test images (B, 3, H, H): whole, as usual for CIFAR, or if squares are
-        larger than crops the central square with 0.875 of the short side, as for ImageNet."""
+        """Normalized test images (B, 3, H, H): whole, as usual for CIFAR, or, if squares are
+        larger than crops, their central part, 0.875 of the short side, as for ImageNet."""
         if squares.shape[2] <= self.args.img_size:
             return self.whole(squares)
         theta = torch.zeros(len(squares), 2, 3)
@@ -828,7 +831,6 @@ def save_picture(args, model: nn.Module, images: Images, maps: Tensor | None, ep
     rank, ratios = masking_of(args, maps)
     torch.manual_seed(seed_of(args.seed))
     weights = amt.patchify(attention[:, None], unit).sum(dim=2)
-    weights = torch.ones_like(weights) if args.masking == "uniform" else weights
     masked, thrown, visible = amt.mask_and_throw(rank(weights), *ratios, unit)
     _, pred = model(x, visible=visible, masked=masked)
     if args.method == "mae" and not args.raw_pixels:  # it predicts standardized patches
@@ -879,7 +881,7 @@ def load_file(path: Path | str):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # is in MAE's files
             return torch.load(path, DEVICE, weights_only=True)
-    except FileNotFoundError:
+    except OSError:
         raise
     except Exception as error:  # torch.load raises many types
         raise UserError(f"{path} is damaged or not a file of torch.save "
@@ -981,7 +983,7 @@ def set_up(args) -> tuple[nn.Module, Images, Images]:
         raise UserError(f"{args.out_dir} has a checkpoint: continue it with --resume, or give "
                         "another --out-dir")
     say(f"{args.model} on {DEVICE} in {args.precision}, {args.global_batch} images a step")
-    if DEVICE.type == "cpu" and args.dataset != "shapes" and args.depth is None:
+    if DEVICE.type == "cpu" and args.dataset != "shapes" and args.depth is None and args.epochs:
         say("on a CPU this takes days; to start small: --depth 3 --decoder-embed-dim 96 "
             "--decoder-depth 1 --batch-size 128 --blr 2e-3 --epochs 16")
 
@@ -992,16 +994,17 @@ def set_up(args) -> tuple[nn.Module, Images, Images]:
         "classes")
     if len(train.classes) < 2 or not len(test):
         needs = "needs two classes or more, and test images (files: in val/<class>/)"
-        if args.finetune_epochs:
-            raise UserError(f"fine-tuning {needs}")
+        if args.finetune_epochs or not args.epochs:
+            raise UserError(f"{'fine-tuning' if args.finetune_epochs else 'the probe'} {needs}")
         say(f"no linear probe, which {needs}")
     n = len(train.labels) if args.finetune_epochs else len(train)
     if (args.epochs or args.finetune_epochs) and n < args.global_batch:
-        raise UserError(f"a step takes {args.global_batch} images (--batch-size), but there are {n}")
+        raise UserError(f"a step takes {args.global_batch} images (--batch-size), but there are "
+                        f"{n}")
     return model, train, test
 
 def main(argv: list[str] | None = None):
-    users = ValueError  # until training, bad values are the user's
+    users = ValueError  # before training any ValueError is the user's mistake, then UserErrors
     try:
         args = parse_args(argv)
         model, train, test = set_up(args)

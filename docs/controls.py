@@ -4,8 +4,8 @@
     python docs/controls.py shuffled --resume --out-dir out-shuffled    # type the name again
 
 Below, each function's docstring has the question that it answers, by comparison with a run of
-train_cifar.py with the same flags and seed. Its masking must use maps. The attention in pictures
-is the encoder's, whatever patches are ranked by.
+train_cifar.py with the same flags and seed. Its masking must use maps. Pictures are drawn as
+usual, but for per-head, top-left and patch-mean, which also change where [CLS] seems to look.
 """
 import math
 import sys
@@ -33,8 +33,8 @@ def shuffled(args, train, encoder) -> tuple[Tensor, str]:
     return maps[other], share
 
 def floor(args, train, encoder) -> tuple[Tensor, str]:
-    """Does it harm that hardly attended patches always stay visible and others hardly ever do? Above
-    a floor, no patch has more than four times the weight of another."""
+    """Does it harm that hardly attended patches always stay visible and others hardly ever do?
+    Above a floor, no patch has more than four times the weight of another."""
     maps, share = own_maps(args, train, encoder)
     return 0.25 + 0.75 * maps, share
 
@@ -74,8 +74,8 @@ def patch_mean(self, x: Tensor) -> Tensor:
     return a[:, :, :, 1:].mean(dim=2)
 
 def top_left(maps: Tensor, theta: Tensor, img_size, patch_size: int) -> Tensor:
-    """Does what the authors' code ranks by gain? Nearly every crop gets the 2 x 2 cells at its map's
-    top left, stretched over the crop and flipped with it. The maps are those of per-head."""
+    """Does what the authors' code ranks by gain? Nearly every crop gets the 2 x 2 cells at its
+    map's top left, stretched over the crop and flipped with it. The maps are per-head's."""
     x = maps[:, None, :2, :2].float()
     x = F.interpolate(x, size=img_size, mode="bilinear", align_corners=False)
 

@@ -8,6 +8,7 @@
 """
 import argparse
 import csv
+import functools
 import math
 import sys
 from pathlib import Path
@@ -199,14 +200,16 @@ def probes():
 
 def differences(*datasets: str):
     """Prints the differences of results.md, paired by seed: mean, 95 % interval and p of Student's
-    t, and p as corrected for all that are tested, by Holm and by Benjamini and Hochberg. Of two
-    seeds it prints both values, which are not tested."""
+    t, and p as corrected by Holm and by Benjamini and Hochberg for all that are planned, also
+    those that were not run. Of two seeds it prints both values, which are not tested."""
     tested = []
+    m = 0                                                # tests that are planned
     for dataset in datasets:
         log = read_log(dataset)
         readouts, pairs = DIFFERENCES[dataset]
+        m += len(readouts) * len(pairs)
         for run, control in pairs:
-            a, b = log[run], log[control]
+            a, b = log.get(run, {}), log.get(control, {})
             for column in readouts:
                 x = torch.tensor([float(a[seed][column]) - float(b[seed][column])
                                   for seed in sorted(a.keys() & b.keys())])
@@ -217,9 +220,9 @@ def differences(*datasets: str):
                     tested.append((name, *interval(x)))
 
     tested.sort(key=lambda row: row[-1])                 # by p
-    m, holm = len(tested), 0.0
-    hochberg = [min(1, *(m * row[-1] / k for k, row in enumerate(tested[i:], i + 1)))
-                for i in range(m)]
+    holm = 0.0
+    hochberg = [min([1, *(m * row[-1] / k for k, row in enumerate(tested[i:], i + 1))])
+                for i in range(len(tested))]
     for i, (name, mean, half, p) in enumerate(tested):
         holm = max(holm, min(1, (m - i) * p))
         print(f"{name}: {mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}], p {p:.4f}, "
@@ -232,6 +235,7 @@ def interval(x: torch.Tensor) -> tuple[float, float, float]:
     of_mean = abs(x.mean().item()) / error
     return x.mean().item(), t[p <= 0.05][0].item() * error, p[t >= min(of_mean, 199)][0].item()
 
+@functools.cache
 def student(df: int) -> tuple[torch.Tensor, torch.Tensor]:
     """t from 0 to 200, and the two-sided p of each by Student's distribution, integrated."""
     t = torch.linspace(0, 200, 2_000_001, dtype=torch.float64)

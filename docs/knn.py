@@ -28,6 +28,8 @@ def knn(x: Tensor, y: Tensor, x_test: Tensor, k: int = 20, temperature: float = 
 
 if __name__ == "__main__":
     args = script.parse_args(None)
+    if not args.checkpoint:
+        sys.exit("error: --checkpoint must name an encoder, or none for a new one")
     encoder = script.load_encoder(args)
     train, test = script.load_data(args)
     x = script.features(args, train, encoder)            # (n, 2, D)

@@ -29,7 +29,7 @@ SIZES = dict(img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=2)
 assert_close = partial(torch.testing.assert_close, rtol=0, atol=2e-6)
 
 def run_blocks(*marks, page="docs/reuse.md"):
-    """Runs the Python blocks that contain these words, one after another, and returns their names."""
+    """Runs the Python blocks that contain these words, in order, and returns their names."""
     blocks = re.findall("```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     names = {}
     for mark in marks:
@@ -39,8 +39,8 @@ def run_blocks(*marks, page="docs/reuse.md"):
 
 # ==== Models of others ============================================================================
 # Each of these functions takes a model of another library, with the block of the page that makes it
-# throw patches, and our model with the same weights. It returns the other's forward (images, visible,
-# masked) -> (loss, pred), what makes its attention maps, and our model.
+# throw patches, and our model with the same weights. It returns the other's forward (images,
+# visible, masked) -> (loss, pred), what makes its attention maps, and our model.
 
 def copy_weights(port, ours, new_names, left_out=()):
     """Gives our model the port's weights. `new_names` are patterns and what replaces them."""
