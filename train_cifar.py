@@ -8,12 +8,17 @@
     torchrun --nproc_per_node=4 train_cifar.py \\
         --dataset imagenet --data-path DIR                        # ImageNet, on 4 GPUs
 
-A run writes to --out-dir: encoder.pth (with timm's names), checkpoint.pth (for --resume; its
-"data" has the images' mean and std and the classes), a picture for each update of the maps,
-and log.csv: seconds of an epoch's steps, map_seconds of the maps made after it, position_share
-(the fraction of these maps' variance that a patch's position explains), probe_cls and probe_mean
-(test accuracy of linear classifiers on [CLS] and on the mean of the patches). Fine-tuning writes
-finetuned.pth, finetune-checkpoint.pth and finetune-log.csv.
+A run writes to --out-dir:
+
+    encoder.pth       the encoder, with timm's names
+    checkpoint.pth    for --resume; its "data" has the images' mean and std and the classes
+    epoch-N.png       how images are masked, before each update of the maps and at the end
+    log.csv           for each epoch the seconds of its steps, map_seconds of the maps made after
+                      it, position_share, the fraction of their variance that a patch's position
+                      explains, and at the end probe_cls and probe_mean, the test accuracy of
+                      linear classifiers on [CLS] and on the mean of the patches
+
+and fine-tuning finetuned.pth, finetune-checkpoint.pth and finetune-log.csv.
 """
 import argparse
 import io
