@@ -618,8 +618,9 @@ def grid_wise(weights: Tensor) -> Tensor:
     return (quarter + noise).argsort(dim=1)
 
 def block_wise(weights: Tensor) -> Tensor:
-    """Ranks rectangle by rectangle, after BEiT (Bao et al., 2022). Each has about 8 to 40
-    % of the patches, an aspect ratio of about 0.3 to 1 / 0.3, and its own row by row."""
+    """Ranks rectangle by rectangle, and row by row within each, after BEiT (Bao et al.,
+    2022). A rectangle has about 8 to 40 % of the patches and a height / width of about
+    0.3 to 1 / 0.3."""
     B, N = weights.shape
     h = square_side(N)
     n_rectangles = 64                                    # enough to cover nearly everything

@@ -332,10 +332,10 @@ def pretrain(args, train: "Images", test: "Images", model: nn.Module):
 
 def train_epoch(args, name: str, epoch: int, epochs: int, images: "Images", n: int, step: "Step",
                 lr_at, inputs_of) -> dict[str, str]:
-    """Trains on the first n images once, but for the rest of the last step. inputs_of(ids, squares,
-    aspect) turns a mini-batch into the inputs of a step. The seed and the number of a step
-    determine its images and random numbers, so a resumed run ends as an unbroken one. Returns a
-    row of the log."""
+    """Trains once on the first n images, without those left over after the last full step.
+    inputs_of(ids, squares, aspect) turns a mini-batch into the inputs of a step. The seed and the
+    number of a step determine its images and random numbers, so a resumed run ends as an unbroken
+    one. Returns a row of the log."""
     steps = n // args.global_batch
     accum = args.accum_steps
     torch.manual_seed(seed_of(args.seed, name, epoch))
@@ -1009,7 +1009,7 @@ def set_up(args) -> tuple[nn.Module, Images, Images]:
     return model, train, test
 
 def main(argv: list[str] | None = None):
-    users = ValueError  # before training any ValueError is the user's mistake, then UserErrors
+    users = ValueError  # before training, every ValueError is the user's mistake
     try:
         args = parse_args(argv)
         model, train, test = set_up(args)
